@@ -1,0 +1,131 @@
+"""Continuous batching: the mechanism every continuous scheduler shares.
+
+Requests join the running batch as soon as there is room and leave it as soon as they end; long prompts run in chunks
+beside the others' decodes; when blocks run out a victim is preempted and recomputed later. A plugin overrides only
+its choice: `order_waiting`, `order_running`, `admit`, `chunk`, `victim` or `outranks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from pydantic import Field
+
+from llmkit.interfaces.scheduler import (
+    Denied,
+    DenialReason,
+    Grant,
+    RequestQueue,
+    RequestView,
+    Scheduler,
+    SchedulerSettings,
+    SchedulingStep,
+)
+
+UNLIMITED = 1 << 30
+
+
+class ContinuousBatchingSettings(SchedulerSettings):
+    """Options of a continuous scheduler."""
+
+    max_chunk_tokens: int = Field(0, ge=0, description="most tokens of one request in a step; 0 means no limit")
+
+
+class ContinuousBatching(Scheduler):
+    """First come, first served, unless a subclass chooses otherwise."""
+
+    Settings: ClassVar[type[SchedulerSettings]] = ContinuousBatchingSettings
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        super().__init__(settings)
+        self._max_chunk = getattr(settings, "max_chunk_tokens", 0) or UNLIMITED
+        self._preempted: set[RequestView] = set()
+
+    # The choices -----------------------------------------------------------------------------------------------
+
+    def order_waiting(self, waiting: Sequence[RequestView], now: float) -> Iterable[RequestView]:
+        """Who is admitted first. Default: preempted ones, then by arrival."""
+        return waiting
+
+    def order_running(self, running: Sequence[RequestView], now: float) -> Sequence[RequestView]:
+        """Who runs first; the last is the default victim. Default: by admission."""
+        return running
+
+    def admit(self, request: RequestView, step: SchedulingStep) -> bool:
+        """Whether a waiting request may start now; False passes it over. Default: whenever it fits."""
+        return True
+
+    def chunk(self, request: RequestView, step: SchedulingStep) -> int:
+        """Most tokens of `request` in this step. Default: `max_chunk_tokens`."""
+        return self._max_chunk
+
+    def victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
+        """Who gives up its blocks; `candidates` are in running order. Default: the last."""
+        return candidates[-1]
+
+    def outranks(self, waiting: RequestView, running: RequestView) -> bool:
+        """Whether `waiting` may displace `running` when there is no room for both. Default: never."""
+        return False
+
+    # The mechanism ---------------------------------------------------------------------------------------------
+
+    def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
+        """Continue the running requests, then admit waiting ones while there is room."""
+        self._preempted.clear()
+        running = self.order_running(queue.running, step.now)
+        self._continue(running, step)
+        if queue.waiting and not self._preempted and not step.num_reclaiming_blocks:
+            self._admit(queue.waiting, running, step)
+
+    def _continue(self, running: Sequence[RequestView], step: SchedulingStep) -> None:
+        run, chunk, preempted = step.run, self.chunk, self._preempted
+        for request in running:
+            if preempted and request in preempted:
+                continue
+            outcome = run(request, chunk(request, step))
+            if outcome.__class__ is Grant:
+                continue
+            if outcome.reason is DenialReason.NO_TOKENS:  # type: ignore[union-attr]
+                break
+            if outcome.reason is DenialReason.NO_BLOCKS:  # type: ignore[union-attr]
+                self._make_room(request, running, step)
+
+    def _make_room(self, request: RequestView, running: Sequence[RequestView], step: SchedulingStep) -> None:
+        """Preempt until `request` fits or is itself the victim; wait instead while blocks are on their way back."""
+        while not step.num_reclaiming_blocks:
+            victim = self.victim([r for r in running if r not in self._preempted], step)
+            self._preempted.add(victim)
+            step.preempt(victim)
+            if victim is request or isinstance(step.run(request, self.chunk(request, step)), Grant):
+                return
+
+    def _admit(self, waiting: Sequence[RequestView], running: Sequence[RequestView], step: SchedulingStep) -> None:
+        for request in self.order_waiting(waiting, step.now):
+            if not self.admit(request, step):
+                continue
+            outcome = step.run(request, self.chunk(request, step))
+            if isinstance(outcome, Denied) and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
+                outcome = self._displace(request, running, step, outcome)
+            if isinstance(outcome, Grant):
+                continue
+            if outcome.reason is DenialReason.NEVER_FITS:
+                step.reject(request, outcome.reason.value)
+            else:
+                break
+
+    def _displace(
+        self, request: RequestView, running: Sequence[RequestView], step: SchedulingStep, denied: Denied
+    ) -> Grant | Denied:
+        """Preempt running requests that `request` outranks, lowest first, until it fits."""
+        outcome: Grant | Denied = denied
+        candidates = [r for r in running if r not in self._preempted]
+        while isinstance(outcome, Denied) and candidates and not step.num_reclaiming_blocks:
+            victim = self.victim(candidates, step)
+            if not self.outranks(request, victim):
+                break
+            candidates.remove(victim)
+            self._preempted.add(victim)
+            step.preempt(victim)
+            outcome = step.run(request, self.chunk(request, step))
+        return outcome

@@ -1,0 +1,135 @@
+"""The engine: queue many requests, step them together. Torch-free; tensors live behind the executor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pluggy
+
+from llmkit.engine.limits import EngineLimits, check_request
+from llmkit.engine.planner import Planner
+from llmkit.engine.progress import Progress, StepOutput
+from llmkit.hookspecs import RequestEvent, StepEvent
+from llmkit.interfaces.clock import Clock, MonotonicClock
+from llmkit.interfaces.executor import Executor, PendingStep
+from llmkit.types import FinishReason, Request, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: StepPlan
+    pending: PendingStep
+    planned_at: float
+    launched_at: float
+
+
+@dataclass(slots=True)
+class Engine:
+    """Synchronous: nothing happens outside `add`, `abort` and `step`.
+
+    `depth` is how many steps may be in flight while the next one is planned: 0 reads each step's tokens before
+    planning the next, 1 plans one step ahead. Both give the same tokens. `hooks` receives the event hooks.
+    """
+
+    planner: Planner
+    executor: Executor
+    limits: EngineLimits
+    clock: Clock = field(default_factory=MonotonicClock)
+    hooks: pluggy.HookRelay | None = None
+    depth: int = 0
+    _progress: dict[str, Progress] = field(default_factory=dict)
+    _in_flight: deque[_InFlight] = field(default_factory=deque)
+    _outputs: list[StepOutput] = field(default_factory=list)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` still has something to do."""
+        return bool(self._progress or self._in_flight or self._outputs)
+
+    def add(self, request: Request, progress: Progress | None = None) -> None:
+        """Queue a request. Raises RequestError if it could never run; others are not affected."""
+        check_request(request, self.limits)
+        request.max_num_tokens = min(request.max_num_tokens, self.limits.max_model_len)
+        self.planner.add(request)
+        self._progress[request.request_id] = progress or Progress(request, self.limits.eos_token_ids)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests now; unknown ids are ignored, tokens still in flight are dropped."""
+        for request_id in request_ids:
+            request = self.planner.requests.get(request_id)
+            if request is not None:
+                self._finish(request, FinishReason.ABORT)
+
+    def step(self) -> list[StepOutput]:
+        """Plan a step, launch it, then take in the oldest result once more than `depth` steps are in flight."""
+        planned_at = self.clock.now()
+        plan, rejected = self.planner.plan(planned_at)
+        for request, reason in rejected.items():
+            self._finish(request, FinishReason.ERROR, reason)
+        if plan is not None:
+            launched_at = self.clock.now()
+            self._in_flight.append(_InFlight(plan, self.executor.launch(plan), planned_at, launched_at))
+        if self._in_flight and (plan is None or len(self._in_flight) > self.depth):
+            self._land(self._in_flight.popleft())
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _land(self, step: _InFlight) -> None:
+        """Advance lengths, append tokens, check stops, tell the observers."""
+        result = step.pending.wait()
+        landed_at = self.clock.now()
+        new_tokens = self._take_in(step.plan, result, landed_at)
+        if self.hooks is None:
+            return
+        planner = self.planner
+        event = StepEvent(
+            step.plan,
+            step.planned_at,
+            step.launched_at,
+            landed_at,
+            self.clock.now(),
+            new_tokens,
+            planner.num_running,
+            planner.num_waiting,
+            planner.allocator.stats(),
+            sum(request.num_computed_tokens for request in planner.requests.values()),
+        )
+        self.hooks.llmkit_step_finished(event=event)
+
+    def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
+        new_tokens: dict[str, int] = {}
+        for row, request in enumerate(self.planner.land(plan)):
+            if request is None:
+                continue
+            progress = self._progress[request.request_id]
+            if row in result.prompt_logprobs:
+                progress.add_prompt_logprobs(plan.scheduled[row].start, result.prompt_logprobs[row])
+            if row in result.errors:
+                self._finish(request, FinishReason.ERROR, result.errors[row])
+            elif plan.scheduled[row].samples:
+                new_tokens[request.request_id] = 1
+                reason = progress.add_token(result.token_ids[row], result.logprobs.get(row), now)
+                if reason is not None:
+                    self._finish(request, reason)
+                else:
+                    self._outputs.append(progress.take_output())
+        return new_tokens
+
+    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        self.planner.finish(request, reason, error)
+        progress = self._progress.pop(request.request_id)
+        self._outputs.append(progress.finish(reason, error, self.clock.now()))
+        if self.hooks is not None:
+            event = RequestEvent(
+                request.request_id,
+                request.num_prompt_tokens,
+                request.num_output_tokens,
+                reason,
+                error,
+                progress.metrics(),
+                request.tenant,
+                request.priority,
+            )
+            self.hooks.llmkit_request_finished(event=event)

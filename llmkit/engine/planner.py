@@ -1,0 +1,132 @@
+"""The state machine: queues and token accounting. Torch-free; the scheduler only chooses.
+
+`Planner.plan` asks the scheduler and returns plain data; `Planner.land` takes a step's result back in.
+"""
+
+from __future__ import annotations
+
+from llmkit.engine.residency import Residency
+from llmkit.engine.scheduling import PlannedStep
+from llmkit.errors import RequestError
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.interfaces.scheduler import RequestList, RequestQueue, RequestView, Scheduler
+from llmkit.types import Admission, BlockTableEdit, FinishReason, Request, RequestStatus, ScheduledRequest, StepPlan
+
+
+class Planner:
+    """Owns every live request, from `add` until `finish`."""
+
+    def __init__(self, scheduler: Scheduler, allocator: CacheAllocator) -> None:
+        self.scheduler = scheduler
+        self.allocator = allocator
+        self.requests: dict[str, Request] = {}
+        self._views: dict[str, RequestView] = {}
+        self._waiting: list[RequestView] = []
+        self._running: list[RequestView] = []
+        self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
+        self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
+        self._num_planned_steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue `request` behind the others."""
+        if request.request_id in self.requests:
+            raise RequestError(f"request id {request.request_id!r} is in use")
+        view = RequestView(request)
+        self.requests[request.request_id] = request
+        self._views[request.request_id] = view
+        self._waiting.append(view)
+
+    def plan(self, now: float) -> tuple[StepPlan | None, dict[Request, str]]:
+        """Let the scheduler choose. Returns the plan, None when nothing runs, and rejected requests with reasons."""
+        step = PlannedStep(self._residency, self.scheduler.settings.max_num_batched_tokens, now)
+        try:
+            self.scheduler.schedule(self._queue, step)
+        except BaseException:
+            step.rollback()
+            raise
+        finally:
+            step.close()
+            self._update_queues(step)
+        rejected = {view._request: reason for view, reason in step.rejected.items()}
+        return (self._compile(step) if step.grants else None), rejected
+
+    def _update_queues(self, step: PlannedStep) -> None:
+        """The lists schedulers look at change only here, never while they look."""
+        for view in step.admitted:
+            self._waiting.remove(view)
+        for view in step.preempted:
+            if view in self._running:
+                self._running.remove(view)
+                self._waiting.insert(0, view)
+        self._running.extend(step.admitted)
+
+    def _compile(self, step: PlannedStep) -> StepPlan:
+        """Turn grants into plain data and mark their tokens as in flight."""
+        step_id = self._num_planned_steps
+        self._num_planned_steps += 1
+        admissions = tuple(_admission(view._request) for view in step.admitted)
+        rows: list[ScheduledRequest] = []
+        edits: list[BlockTableEdit] = []
+        for view, num_tokens in step.grants.items():
+            request = view._request
+            start = request.num_computed_tokens + request.num_in_flight_tokens
+            samples = start + num_tokens == request.num_tokens + request.num_pending_samples
+            rows.append(ScheduledRequest(request.request_id, request.slot, start, num_tokens, samples, request.epoch))
+            request.num_in_flight_tokens += num_tokens
+            request.num_service_tokens += num_tokens
+            request.num_pending_samples += samples
+            request.last_step_id = step_id
+            if request.num_blocks > request.num_sent_blocks:
+                edits.append(self._edit(request))
+        return StepPlan(step_id, tuple(rows), admissions, tuple(edits))
+
+    def _edit(self, request: Request) -> BlockTableEdit:
+        first, request.num_sent_blocks = request.num_sent_blocks, request.num_blocks
+        return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
+
+    def land(self, plan: StepPlan) -> list[Request | None]:
+        """A step has run: its rows' KV is valid. Stale rows (preempted or finished since) give None."""
+        landed: list[Request | None] = []
+        requests, commit = self.requests, self.allocator.commit
+        for request_id, _, start, num_tokens, samples, epoch in plan.scheduled:
+            request = requests.get(request_id)
+            if request is None or request.epoch != epoch:
+                landed.append(None)
+                continue
+            request.num_in_flight_tokens -= num_tokens
+            request.num_pending_samples -= samples
+            request.num_computed_tokens = start + num_tokens
+            commit(request, start + num_tokens)
+            landed.append(request)
+        self._residency.land(plan.step_id)
+        return landed
+
+    def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End a live request in whatever state it is; its blocks return once no step in flight names them."""
+        view = self._views.pop(request.request_id)
+        del self.requests[request.request_id]
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(view)
+            self._residency.leave(request)
+        else:
+            self._waiting.remove(view)
+        request.status, request.finish_reason, request.error = RequestStatus.FINISHED, reason, error
+
+
+def _admission(request: Request) -> Admission:
+    return Admission(
+        request.slot,
+        request.request_id,
+        tuple(request.token_ids),
+        request.num_prompt_tokens,
+        request.sampling_params,
+        request.seed,
+    )

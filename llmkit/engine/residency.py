@@ -1,0 +1,65 @@
+"""Which requests are on the device: their slots and blocks, and those still pinned by a step in flight. Torch-free."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.types import Request
+
+
+class Residency:
+    """Lends out slots and blocks, and takes them back only after the last step in flight that names them."""
+
+    def __init__(self, allocator: CacheAllocator, max_num_seqs: int) -> None:
+        self.allocator = allocator
+        self.block_size = allocator.spec.block_size
+        self.num_landed_steps = 0
+        self.num_reclaiming_blocks = 0
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._pinned: deque[tuple[int, Request, int]] = deque()
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def reserve(self, request: Request, upto: int) -> bool:
+        """Cover positions below `upto` with blocks; all or nothing."""
+        if not self.allocator.allocate(request, upto):
+            return False
+        request.num_blocks = len(self.allocator.block_table(request))
+        return True
+
+    def enter(self, request: Request) -> None:
+        """Give `request` a slot; the caller has checked that one is free."""
+        request.slot = self._free_slots.pop()
+
+    def leave(self, request: Request) -> int:
+        """Take `request` off the device: its results in flight go stale. Returns the blocks free at once."""
+        num_blocks, slot = request.num_blocks, request.slot
+        request.epoch += 1
+        request.slot = -1
+        request.num_blocks = request.num_sent_blocks = 0
+        request.num_computed_tokens = request.num_in_flight_tokens = request.num_pending_samples = 0
+        if request.last_step_id >= self.num_landed_steps:
+            self._pinned.append((request.last_step_id, request, slot))
+            self.num_reclaiming_blocks += num_blocks
+            return 0
+        self._give_back(request, slot)
+        return num_blocks
+
+    def is_pinned(self, request: Request) -> bool:
+        """Whether blocks of an earlier stay of `request` still wait for a step in flight."""
+        return any(pinned is request for _, pinned, _ in self._pinned)
+
+    def land(self, step_id: int) -> None:
+        """Step `step_id` has run: give back what only it and earlier steps named."""
+        self.num_landed_steps = step_id + 1
+        while self._pinned and self._pinned[0][0] <= step_id:
+            _, request, slot = self._pinned.popleft()
+            self.num_reclaiming_blocks -= len(self.allocator.block_table(request))
+            self._give_back(request, slot)
+
+    def _give_back(self, request: Request, slot: int) -> None:
+        self.allocator.free(request)
+        self._free_slots.append(slot)

@@ -1,0 +1,96 @@
+"""The contract of an attention backend: the only place that knows kernels and KV memory layout.
+
+Importing this module does not import torch, so that backends can be listed and checked without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from llmkit.interfaces.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """Attention of one layer. `window` counts the visible keys, the query's own included; None is full causal."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRequirements:
+    """What a model on a device asks of a backend; `device` is a type like "cpu", `dtype` a name like "bfloat16"."""
+
+    device: str
+    dtype: str
+    block_size: int
+    layers: tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One packed step: N query tokens of R sequences, built once a step by the core.
+
+    `query_start_loc` int32 [R+1], `seq_lens` int32 [R] (keys after this step), `positions` int64 [N],
+    `block_table` int32 [R, max_blocks], `slot_mapping` int64 [N] (block * block_size + offset of each new key);
+    `max_query_len` and `max_seq_len` are host-side upper bounds.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    positions: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+    query_lens: tuple[int, ...]
+    host_seq_lens: tuple[int, ...]
+
+
+class AttentionBackend(ABC):
+    """Stores keys and values in blocks and attends over them."""
+
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(
+        self, settings: Settings, requirements: AttentionRequirements, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.settings = settings
+        self.requirements = requirements
+        self.dtype = dtype
+        self.device = device
+
+    @classmethod
+    @abstractmethod
+    def check(cls, requirements: AttentionRequirements) -> list[str]:
+        """Reasons why this backend cannot serve `requirements`; empty if it can. Needs no device."""
+
+    @abstractmethod
+    def bytes_per_block(self) -> int:
+        """Device memory one block takes over all layers."""
+
+    @abstractmethod
+    def allocate(self, num_blocks: int) -> None:
+        """Create the KV pool, zeroed. Called once, before the first `plan`."""
+
+    @abstractmethod
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare a step: everything that all layers share."""
+
+    @abstractmethod
+    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Store the new keys and values, then attend.
+
+        `query` [N, num_heads, head_dim], `key` and `value` [N, num_kv_heads, head_dim], any strides.
+        Returns [N, num_heads, head_dim], contiguous.
+        """

@@ -1,0 +1,91 @@
+"""The contract of a KV-cache allocator: who owns which block. Torch-free, host integers only.
+
+The device's memory belongs to the attention backend; an allocator only hands out block numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmkit.interfaces.settings import Settings
+from llmkit.types import Request
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Size of the pool an allocator divides: `num_blocks` blocks of `block_size` tokens."""
+
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Blocks now: owned by a request, kept for reuse only, and free."""
+
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_free_blocks: int
+
+
+class CacheAllocator(ABC):
+    """Hands out KV blocks. Only the core calls it, never a scheduler.
+
+    A request's block table maps token position p to block `block_table(request)[p // block_size]`.
+    """
+
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Settings, spec: CacheSpec) -> None:
+        self.settings = settings
+        self.spec = spec
+
+    def match(self, request: Request) -> int:
+        """Leading tokens of `request` whose KV is already in the cache. Pure; the default knows no reuse.
+
+        The next `allocate` for the request must take those very blocks. Always less than `request.num_tokens`.
+        """
+        return 0
+
+    @abstractmethod
+    def allocate(self, request: Request, upto: int) -> bool:
+        """Make `block_table(request)` cover positions below `upto`. All or nothing: False changes nothing."""
+
+    def commit(self, request: Request, num_computed_tokens: int) -> None:
+        """KV below `num_computed_tokens` is now valid and may be published for reuse. Default: nothing to do."""
+        return None
+
+    @abstractmethod
+    def truncate(self, request: Request, upto: int) -> None:
+        """Give back the blocks that only hold positions at or beyond `upto`, where the layout allows it."""
+
+    @abstractmethod
+    def free(self, request: Request) -> None:
+        """Give back everything `request` holds; a request that holds nothing is left alone."""
+
+    @abstractmethod
+    def block_table(self, request: Request) -> Sequence[int]:
+        """Block numbers of `request` in position order; empty if it holds none."""
+
+    @abstractmethod
+    def stats(self) -> CacheStats:
+        """Count of used, cached and free blocks; they add up to `spec.num_blocks`."""
+
+    @abstractmethod
+    def census(self) -> dict[int, tuple[str, ...]]:
+        """Owned block -> ids of the requests that own it."""
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant. Extend it with the allocator's own."""
+        stats, census = self.stats(), self.census()
+        total = stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks
+        assert total == self.spec.num_blocks, f"{stats} does not add up to {self.spec.num_blocks} blocks"
+        assert len(census) == stats.num_used_blocks, f"{len(census)} owned blocks, {stats.num_used_blocks} used"
+        assert all(0 <= block < self.spec.num_blocks for block in census), "block number out of range"

@@ -1,0 +1,229 @@
+"""The contract of a scheduler: which requests run in this step, and how many tokens of each.
+
+Torch-free; no clock and no random numbers of its own. A scheduler acts only through `SchedulingStep`, whose grants
+reserve KV memory or change nothing, so a wrong choice can be slow but never corrupt memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from functools import cache
+from typing import ClassVar, NamedTuple, Protocol, overload
+
+from pydantic import Field
+
+from llmkit.interfaces.settings import Settings
+from llmkit.types import Request, RequestStatus
+
+
+class DenialReason(Enum):
+    """Why `SchedulingStep.run` granted nothing."""
+
+    NO_BLOCKS = "the cache has not enough free blocks"
+    NO_TOKENS = "the step's token budget is spent"
+    NO_SEQS = "max_num_seqs sequences are running"
+    NEVER_FITS = "even an empty cache could not hold it"
+    NO_WORK = "everything it knows is computed or in flight"
+
+
+class Grant(NamedTuple):
+    """`num_tokens` tokens of the request run in this step; their KV blocks are reserved."""
+
+    num_tokens: int
+
+
+class Denied(NamedTuple):
+    """Nothing was granted and nothing changed."""
+
+    reason: DenialReason
+
+
+grant = cache(Grant)
+"""Interned grants: one object per size."""
+
+
+class RequestView:
+    """What a scheduler may know of a request: lengths and service, never token ids or block numbers. Read-only."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __repr__(self) -> str:
+        return f"RequestView({self.request_id!r}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens})"
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    @property
+    def status(self) -> RequestStatus:
+        return self._request.status
+
+    @property
+    def arrival_time(self) -> float:
+        """Scheduled arrival, seconds on the engine's clock."""
+        return self._request.arrival_time
+
+    @property
+    def priority(self) -> int:
+        """Lower runs first."""
+        return self._request.priority
+
+    @property
+    def tenant(self) -> str:
+        return self._request.tenant
+
+    @property
+    def deadline(self) -> float | None:
+        """When the last token is wanted, seconds on the engine's clock."""
+        return self._request.deadline
+
+    @property
+    def length_hint(self) -> int | None:
+        """The caller's guess of the number of output tokens."""
+        return self._request.length_hint
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._request.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self._request.num_output_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known so far."""
+        return self._request.num_tokens
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Prompt tokens plus the most output tokens it may get."""
+        return self._request.max_num_tokens
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is valid."""
+        return self._request.num_computed_tokens
+
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """Tokens launched in steps whose results have not landed."""
+        return self._request.num_in_flight_tokens
+
+    @property
+    def num_runnable_tokens(self) -> int:
+        """Tokens that could run in this step: known or sampled, not yet computed or in flight."""
+        request = self._request
+        scheduled = request.num_computed_tokens + request.num_in_flight_tokens
+        return request.num_tokens + request.num_pending_samples - scheduled
+
+    @property
+    def num_service_tokens(self) -> int:
+        """Tokens computed for it so far, recomputation included."""
+        return self._request.num_service_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks it holds."""
+        return self._request.num_blocks
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._request.num_preemptions
+
+
+class RequestList(Sequence[RequestView]):
+    """A read-only, live sequence of requests. It does not change while `schedule` runs."""
+
+    __slots__ = ("_views",)
+
+    def __init__(self, views: list[RequestView]) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __iter__(self) -> Iterator[RequestView]:
+        return iter(self._views)
+
+    @overload
+    def __getitem__(self, index: int) -> RequestView: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[RequestView]: ...
+
+    def __getitem__(self, index: int | slice) -> RequestView | list[RequestView]:
+        return self._views[index]
+
+
+class RequestQueue(NamedTuple):
+    """Who wants to run. `waiting`: preempted ones first, then by arrival. `running`: by admission."""
+
+    waiting: Sequence[RequestView]
+    running: Sequence[RequestView]
+
+
+class SchedulingStep(Protocol):
+    """One step being planned. The only way a scheduler can act, and safe to call in any order."""
+
+    @property
+    def now(self) -> float:
+        """Seconds on the engine's clock."""
+        ...
+
+    @property
+    def num_free_tokens(self) -> int:
+        """What is left of `max_num_batched_tokens`."""
+        ...
+
+    @property
+    def num_free_seqs(self) -> int:
+        """What is left of `max_num_seqs`."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks nobody owns."""
+        ...
+
+    @property
+    def num_reclaiming_blocks(self) -> int:
+        """Blocks given up but still named by a step in flight; free once it lands."""
+        ...
+
+    def run(self, request: RequestView, max_tokens: int) -> Grant | Denied:
+        """Run up to `max_tokens` tokens of `request` in this step, admitting it if it waits."""
+        ...
+
+    def preempt(self, request: RequestView) -> int:
+        """Take a running request out; it will be recomputed. Returns the blocks that are free now."""
+        ...
+
+    def reject(self, request: RequestView, reason: str) -> None:
+        """End a waiting request with an error."""
+        ...
+
+
+class SchedulerSettings(Settings):
+    """Limits every scheduler has; the core enforces them."""
+
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="most sequences running at once")
+    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="most tokens in one step")
+
+
+class Scheduler(ABC):
+    """Chooses. Subclass `llmkit.ContinuousBatching` for the usual case, this for full control."""
+
+    Settings: ClassVar[type[SchedulerSettings]] = SchedulerSettings
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
+        """Plan one step by calling `step.run`, `step.preempt` and `step.reject`."""

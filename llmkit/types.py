@@ -1,0 +1,270 @@
+"""The vocabulary every room speaks: requests, sampling parameters, step plans and outputs.
+
+Torch-free. Nothing here decides anything; the state machine lives in `llmkit.engine.planner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 64
+
+
+class RequestStatus(Enum):
+    """Where a request stands. `PREEMPTED` waits like `WAITING` but has run before."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended: a stop token or string, its length limit, the caller, or a fault."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(BaseModel):
+    """How to choose tokens for one request. Every field is bounded; unknown fields are refused.
+
+    `temperature=0` is greedy. `top_k=0`, `top_p=1` and `min_p=0` switch the filters off. Penalties follow
+    the usual definitions (repetition: Keskar et al. 2019; presence and frequency: OpenAI's API).
+    `seed=None` derives a seed from the engine's seed and the request's number, so runs repeat.
+    `logprobs=k` returns the sampled token and the k most likely ones; `prompt_logprobs=k` the same for the prompt.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    max_tokens: int = Field(16, ge=1, le=1 << 20)
+    min_tokens: int = Field(0, ge=0, le=1 << 20)
+    temperature: float = Field(1.0, ge=0.0, le=100.0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    allowed_token_ids: tuple[int, ...] | None = Field(None, min_length=1)
+    bad_token_ids: tuple[int, ...] = ()
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    stop: tuple[str, ...] = Field((), max_length=16)
+    stop_token_ids: tuple[int, ...] = Field((), max_length=128)
+    ignore_eos: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingParams:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        if any(not s for s in self.stop):
+            raise ValueError("stop strings must not be empty")
+        if any(abs(bias) > 100 for bias in self.logit_bias.values()):
+            raise ValueError("logit_bias values must lie in [-100, 100]")
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence on its way through the engine. Owned by the core; schedulers see a `RequestView` of it.
+
+    Lengths that must not be confused: `num_tokens` known to the host; `num_computed_tokens` with valid KV;
+    `num_in_flight_tokens` launched but not landed; `num_pending_samples` sampled but unread (their ids are on the
+    device only). The next position to run is `num_computed_tokens + num_in_flight_tokens`.
+    Times are seconds on the engine's clock.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    sampling_params: SamplingParams
+    arrival_time: float = 0.0
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    length_hint: int | None = None
+    seed: int = 0
+    max_num_tokens: int = 0
+    num_prompt_tokens: int = field(init=False)
+    num_tokens: int = field(init=False)
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_pending_samples: int = 0
+    num_cached_tokens: int = 0
+    num_blocks: int = 0
+    num_sent_blocks: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_service_tokens: int = 0
+    slot: int = -1
+    epoch: int = 0
+    last_step_id: int = -1
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.num_tokens = len(self.token_ids)
+        if not self.max_num_tokens:
+            self.max_num_tokens = self.num_prompt_tokens + self.sampling_params.max_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+
+class ScheduledRequest(NamedTuple):
+    """One row of a step: run `num_tokens` tokens of the sequence in `slot`, from position `start`.
+
+    There is no prefill or decode flag: a decode is `num_tokens == 1`. `samples` says that the row ends at the last
+    known token, so its last logits choose the next one. A result whose `epoch` is stale is dropped.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+    epoch: int
+
+
+class Admission(NamedTuple):
+    """A sequence enters (or re-enters) `slot`: everything the device must know about it."""
+
+    slot: int
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    seed: int
+
+
+class BlockTableEdit(NamedTuple):
+    """Write `blocks` into the block table of `slot` from index `start` on, before the step runs."""
+
+    slot: int
+    start: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step runs: plain data, so that it can be recorded, replayed or sent to another process."""
+
+    step_id: int
+    scheduled: tuple[ScheduledRequest, ...]
+    admissions: tuple[Admission, ...] = ()
+    edits: tuple[BlockTableEdit, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.scheduled)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probability (nats) and rank (1 = most likely) of a token, and the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample."""
+
+    step_id: int
+    token_ids: Sequence[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times of one request in seconds on the engine's clock; `None` until they happened."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_recomputed_tokens: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Scheduled arrival to first token, seconds."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def e2el(self) -> float | None:
+        """Scheduled arrival to last token, seconds."""
+        return None if self.finished_time is None else self.finished_time - self.arrival_time
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation of a prompt."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] | None
+    metrics: RequestMetrics
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What `LLM.generate` returns for one prompt: its completions; the first one's fields are shortcuts."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.completions[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        return self.completions[0].logprobs
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.completions[0].metrics
+
+    @property
+    def error(self) -> str | None:
+        return self.completions[0].error

@@ -1,0 +1,1 @@
+"""Built-in attention plugins; registered by entry points like anyone else's."""

@@ -1,0 +1,1 @@
+"""Built-in caches plugins; registered by entry points like anyone else's."""

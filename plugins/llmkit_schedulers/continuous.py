@@ -1,0 +1,7 @@
+"""Continuous batching, first come first served: the mechanism of `ContinuousBatching` with its default choices."""
+
+from llmkit.batching import ContinuousBatching
+
+
+class Continuous(ContinuousBatching):
+    """FCFS with chunked prefill in mixed batches; the latest arrival is preempted when blocks run out."""

@@ -1,0 +1,17 @@
+"""Static batching: a batch is filled, then runs until its last request ends. What servers did before Orca (2022)."""
+
+from llmkit.batching import ContinuousBatching
+from llmkit.interfaces.scheduler import RequestQueue, RequestView, SchedulingStep
+
+
+class Static(ContinuousBatching):
+    """Nobody joins once a member of the batch has produced a token."""
+
+    _is_filling = True
+
+    def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
+        self._is_filling = all(r.num_output_tokens == 0 and r.num_runnable_tokens > 1 for r in queue.running)
+        super().schedule(queue, step)
+
+    def admit(self, request: RequestView, step: SchedulingStep) -> bool:
+        return self._is_filling
