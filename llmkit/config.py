@@ -1,0 +1,101 @@
+"""The shape of a run: engine settings, chosen components and their options, validated before anything heavy loads.
+
+Torch-free and without Hydra: `llmkit.LLM` and `llmkit.run` both end here. Errors are one line with the dotted key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+
+from llmkit.errors import ConfigError
+from llmkit.interfaces.settings import Settings
+from llmkit.registry import RESERVED, Registry
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class EngineSettings(Settings):
+    """Options of the engine itself, whatever the plugins."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="type of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
+    num_blocks: int | None = Field(None, ge=1, le=1 << 24, description="KV blocks; null: as many as memory allows")
+    max_model_len: int | None = Field(None, ge=1, le=1 << 22, description="longest sequence; null: the model's own")
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of GPU memory llmkit may use")
+    cpu_cache_gib: float = Field(1.0, gt=0.0, le=4096.0, description="KV cache on CPU, GiB, if num_blocks is null")
+    depth: Literal["auto", 0, 1] = Field("auto", description="steps in flight while planning; auto: 1 on CUDA, else 0")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of requests that bring none, and of random weights")
+    fused: bool = Field(True, description="fused projections and norms where the model allows")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chosen component: its registered name and its validated options. Hashable if its options are."""
+
+    name: str
+    settings: SerializeAsAny[Settings]
+
+
+def choose(registry: Registry, kind: str, value: str | Mapping[str, Any] | Choice) -> Choice:
+    """Resolve `"paged"` or `{"name": "paged", option: value}`; ConfigError names the key and what is allowed."""
+    if isinstance(value, Choice):
+        return value
+    options: dict[str, Any] = {"name": value} if isinstance(value, str) else dict(value)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{kind}: give a name (choices: {', '.join(registry.names(kind))})")
+    if name in RESERVED.get(kind, ()):
+        return Choice(name, validate(Settings, options, kind))
+    return Choice(name, validate(registry.get(kind, name).settings, options, kind))
+
+
+def validate(model: type[M], values: Any, key: str = "") -> M:
+    """`model` from `values`, or ConfigError with one line: every wrong dotted key and its allowed range."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(model, problem, key) for problem in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], problem: Any, key: str) -> str:
+    path = [str(part) for part in problem["loc"]]
+    dotted = ".".join([key, *path] if key else path)
+    options = list(model.model_fields)
+    if problem["type"] == "extra_forbidden" and len(path) == 1:
+        near = get_close_matches(path[0], options, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{dotted}: no such option{hint} (options: {', '.join(options) or 'none'})"
+    if problem["type"] == "missing":
+        return f"{dotted}: a value is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return f"{dotted}: {message}" if dotted else str(message)
+    limits = allowed(model, path[0])
+    return f"{dotted}={problem['input']!r}: {message}" + (f" (allowed: {limits})" if limits else "")
+
+
+def allowed(model: type[BaseModel], field: str) -> str:
+    """What `field` takes in words, such as "integer, 1 to 4096"; empty if its type says nothing simple."""
+    schema = model.model_json_schema().get("properties", {}).get(field, {})
+    parts = [_in_words(part) for part in schema.get("anyOf", [schema])]
+    return " or ".join(part for part in parts if part)
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(str(value) for value in schema["enum"])
+    kind = str(schema.get("type", ""))
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if low is not None and high is not None:
+        return f"{kind}, {low} to {high}"
+    bounds = {"at least": low, "above": above, "at most": high, "below": below}
+    return ", ".join([kind, *(f"{word} {value}" for word, value in bounds.items() if value is not None)])
