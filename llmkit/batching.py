@@ -13,8 +13,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from llmkit.interfaces.scheduler import (
-    Denied,
     DenialReason,
+    Denied,
     Grant,
     RequestQueue,
     RequestView,

@@ -48,9 +48,9 @@ class Registry:
     def add(
         self, kind: str, name: str, target: str | Callable[..., Any], settings: type[Settings] = Settings, doc: str = ""
     ) -> None:
-        """Register a component. `target`: a class, a factory or "module:attribute", which is imported when first used.
+        """Register a component. `target`: a class, a factory or "module:attribute", imported when first used.
 
-        A class brings its `Settings`; a lazy target names them in `settings`. Raises PluginError on a bad or taken name.
+        A class brings its `Settings`; a lazy target names them in `settings`. PluginError on a bad or taken name.
         """
         if kind not in KINDS:
             raise PluginError(f"{self.owner}: {unknown_name('kind of component', kind, KINDS)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmkit.engine.residency import Residency
 from llmkit.errors import PluginError
-from llmkit.interfaces.scheduler import Denied, DenialReason, Grant, RequestView, grant
+from llmkit.interfaces.scheduler import DenialReason, Denied, Grant, RequestView, grant
 from llmkit.types import RequestStatus
 
 NO_BLOCKS = Denied(DenialReason.NO_BLOCKS)

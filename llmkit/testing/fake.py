@@ -44,7 +44,8 @@ class FakeExecutor:
             self._tables[slot][start:] = blocks
         for row in plan.scheduled:
             self._write(row.slot, row.start, row.num_tokens)
-        return _Done(StepResult(plan.step_id, [self._row(r.slot, r.start + r.num_tokens, r.samples) for r in plan.scheduled]))
+        tokens = [self._row(row.slot, row.start + row.num_tokens, row.samples) for row in plan.scheduled]
+        return _Done(StepResult(plan.step_id, tokens))
 
     def _where(self, slot: int, position: int) -> int:
         return self._tables[slot][position // self.block_size] * self.block_size + position % self.block_size
