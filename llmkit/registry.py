@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -43,7 +44,21 @@ class Registry:
     def __init__(self) -> None:
         self._components: dict[tuple[str, str], Component] = {}
         self.failures: dict[str, str] = {}
+        self.blocked: dict[str, str] = {}
         self.owner = "the core"
+
+    @contextmanager
+    def owned_by(self, owner: str) -> Iterator[None]:
+        """Whatever is registered inside belongs to `owner`; if the block raises, none of it stays."""
+        before, previous = dict(self._components), self.owner
+        self.owner = owner
+        try:
+            yield
+        except BaseException:
+            self._components = before
+            raise
+        finally:
+            self.owner = previous
 
     def add(
         self, kind: str, name: str, target: str | Callable[..., Any], settings: type[Settings] = Settings, doc: str = ""
@@ -62,15 +77,23 @@ class Registry:
         if not isinstance(target, str):
             settings = getattr(target, "Settings", settings)
             doc = doc or (target.__doc__ or "").strip().partition("\n")[0]
+        if not (isinstance(settings, type) and issubclass(settings, Settings)):
+            raise PluginError(f"{self.owner}: the settings of {kind} {name!r} must subclass llmkit.Settings")
+        if "name" in settings.model_fields:
+            raise PluginError(f"{self.owner}: {kind} {name!r} may not have an option called 'name'")
         self._components[kind, name] = Component(kind, name, settings, target, self.owner, doc)
 
     def get(self, kind: str, name: str) -> Component:
         """The component of that name; ConfigError with the valid choices and failed plugins otherwise."""
         component = self._components.get((kind, name))
         if component is None:
-            notes = [f"plugin {owner} failed: {reason}" for owner, reason in self.failures.items()]
-            raise ConfigError(unknown_name(kind, name, self.names(kind), notes))
+            raise ConfigError(unknown_name(kind, name, self.names(kind), self.notes()))
         return component
+
+    def notes(self) -> list[str]:
+        """What an error about a missing name should add: the plugins that failed or were kept out."""
+        failed = [f"plugin {plugin} failed: {reason}" for plugin, reason in self.failures.items()]
+        return failed + [f"plugin {plugin} is kept out by {reason}" for plugin, reason in self.blocked.items()]
 
     def names(self, kind: str) -> list[str]:
         """Registered names of `kind`, sorted."""

@@ -1,1 +1,11 @@
-"""Built-in caches plugins; registered by entry points like anyone else's."""
+"""Built-in caches; registered by an entry point like anyone else's."""
+
+from llmkit import Registry, hookimpl
+from llmkit_caches.contiguous import ContiguousCache
+from llmkit_caches.paged import PagedCache
+
+
+@hookimpl
+def llmkit_register(registry: Registry) -> None:
+    registry.add_cache("paged", PagedCache)
+    registry.add_cache("contiguous", ContiguousCache)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmkit.interfaces.cache import CacheAllocator, CacheSpec, CacheStats
-from llmkit.interfaces.settings import Settings
-from llmkit.types import Request
+from llmkit import CacheAllocator, CacheSpec, CacheStats, Request, Settings
 
 
 class PagedCache(CacheAllocator):

@@ -1,1 +1,15 @@
-"""Built-in schedulers plugins; registered by entry points like anyone else's."""
+"""Built-in schedulers; registered by an entry point like anyone else's."""
+
+from llmkit import Registry, hookimpl
+from llmkit_schedulers.continuous import Continuous
+from llmkit_schedulers.priority import Priority
+from llmkit_schedulers.sequential import Sequential
+from llmkit_schedulers.static import Static
+
+
+@hookimpl
+def llmkit_register(registry: Registry) -> None:
+    registry.add_scheduler("sequential", Sequential)
+    registry.add_scheduler("static", Static)
+    registry.add_scheduler("continuous", Continuous)
+    registry.add_scheduler("priority", Priority)

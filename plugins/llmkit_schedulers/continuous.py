@@ -1,6 +1,6 @@
 """Continuous batching, first come first served: the mechanism of `ContinuousBatching` with its default choices."""
 
-from llmkit.batching import ContinuousBatching
+from llmkit import ContinuousBatching
 
 
 class Continuous(ContinuousBatching):

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmkit.batching import ContinuousBatching, ContinuousBatchingSettings
-from llmkit.interfaces.scheduler import RequestView, SchedulerSettings
+from llmkit import ContinuousBatching, ContinuousBatchingSettings, RequestView, SchedulerSettings
 
 
 class PrioritySettings(ContinuousBatchingSettings):

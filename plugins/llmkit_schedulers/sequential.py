@@ -4,8 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmkit.batching import ContinuousBatching, ContinuousBatchingSettings
-from llmkit.interfaces.scheduler import SchedulerSettings
+from llmkit import ContinuousBatching, ContinuousBatchingSettings, SchedulerSettings
 
 
 class SequentialSettings(ContinuousBatchingSettings):

@@ -1,7 +1,6 @@
 """Static batching: a batch is filled, then runs until its last request ends. What servers did before Orca (2022)."""
 
-from llmkit.batching import ContinuousBatching
-from llmkit.interfaces.scheduler import RequestQueue, RequestView, SchedulingStep
+from llmkit import ContinuousBatching, RequestQueue, RequestView, SchedulingStep
 
 
 class Static(ContinuousBatching):
