@@ -1,0 +1,132 @@
+"""Options of the workloads. Imported whenever workloads are listed, so nothing heavy here."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from llmkit.interfaces.settings import Settings
+
+MAX_LEN = 1 << 22
+Quantiles = tuple[tuple[float, int], ...]
+
+
+def parse_lengths(value: Any) -> int | tuple[int, int] | Quantiles:
+    """Check a length distribution: N, [LOW, HIGH] or [[QUANTILE, LENGTH], ...]; ValueError says what is wrong."""
+    if _is_length(value):
+        return int(value)
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        raise ValueError("give N, [LOW, HIGH] or [[0, MIN], ..., [1, MAX]]")
+    if len(value) == 2 and all(_is_length(bound) for bound in value):
+        if value[0] > value[1]:
+            raise ValueError(f"the low end {value[0]} is above the high end {value[1]}")
+        return int(value[0]), int(value[1])
+    return _parse_quantiles(value)
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_LEN
+
+
+def _parse_quantiles(rows: list[Any] | tuple[Any, ...]) -> Quantiles:
+    for row in rows:
+        if not isinstance(row, list | tuple) or len(row) != 2 or not _is_length(row[1]):
+            raise ValueError(f"{row!r} is not [QUANTILE, LENGTH] with a length from 1 to {MAX_LEN}")
+    table = tuple((float(quantile), int(length)) for quantile, length in rows)
+    quantiles, lengths = zip(*table, strict=True)
+    if quantiles[0] != 0.0 or quantiles[-1] != 1.0:
+        raise ValueError("a quantile table starts at 0 and ends at 1")
+    if any(a >= b for a, b in pairwise(quantiles)) or list(lengths) != sorted(lengths):
+        raise ValueError("quantiles must rise strictly and lengths must not fall")
+    return table
+
+
+# Any: a union would report each wrong value once per member.
+Lengths = Annotated[Any, AfterValidator(parse_lengths)]
+
+
+class ServedSettings(Settings):
+    """Options of every workload that is played against the engine."""
+
+    ignore_eos: bool = Field(True, description="generate exactly max_tokens for each request")
+    goodput_ttft_ms: float | None = Field(None, gt=0.0, description="goodput limit on the time to first token, ms")
+    goodput_tpot_ms: float | None = Field(None, gt=0.0, description="goodput limit on the time per output token, ms")
+    goodput_e2el_ms: float | None = Field(None, gt=0.0, description="goodput limit on the end-to-end latency, ms")
+
+
+class SyntheticSettings(ServedSettings):
+    """Lengths, shared prefixes and prompts. Lengths: N, [LOW, HIGH] (uniform) or [[0, MIN], ..., [1, MAX]]."""
+
+    num_requests: int = Field(64, ge=1, le=1_000_000, description="how many requests")
+    prompt_len: Lengths = Field((16, 128), description="prompt tokens, the shared prefix not counted")
+    max_tokens: Lengths = Field((16, 64), description="output tokens")
+    prefix_groups: int = Field(0, ge=0, le=1_000_000, description="groups of requests that share a prefix")
+    prefix_len: int = Field(0, ge=0, le=MAX_LEN, description="tokens of each shared prefix")
+    priorities: int = Field(1, ge=1, le=1000, description="priorities are drawn from 0 to this, exclusive")
+    prompt_file: str = Field("", description="text file to cut prompts from; empty: random token ids")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
+
+    @model_validator(mode="after")
+    def _prefix_is_whole(self) -> SyntheticSettings:
+        if bool(self.prefix_groups) != bool(self.prefix_len):
+            raise ValueError("prefix_groups and prefix_len go together: give both or neither")
+        return self
+
+
+class BatchSettings(SyntheticSettings):
+    """All requests at once."""
+
+
+class PoissonSettings(SyntheticSettings):
+    """Poisson arrivals."""
+
+    rate: float = Field(8.0, gt=0.0, description="requests per second; .inf: all at once")
+
+
+class GammaSettings(PoissonSettings):
+    """Gamma inter-arrival times."""
+
+    burstiness: float = Field(
+        0.5, gt=0.0, le=1e6, description="shape of the gamma distribution; 1: Poisson; less: bursts"
+    )
+
+
+class TraceSettings(ServedSettings):
+    """Requests from a JSONL file."""
+
+    path: str = Field("", description="JSONL file, one request a line")
+    num_requests: int = Field(0, ge=0, le=10_000_000, description="play only the first so many; 0: all")
+    time_scale: float = Field(1.0, gt=0.0, le=1e6, description="arrival times are multiplied by this")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of prompts of which only the length is given")
+
+
+class NamedSettings(ServedSettings):
+    """A published workload, token for token."""
+
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of lengths and prompts; 0 is the published one")
+
+
+def parse_axis(value: Any) -> tuple[int, ...]:
+    """Check one axis of the grid: a whole number or a list of different ones, each at least 1."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values or not all(_is_length(entry) for entry in values):
+        raise ValueError(f"give a list of whole numbers from 1 to {MAX_LEN}")
+    if len(set(values)) < len(values):
+        raise ValueError("a value stands twice")
+    return values
+
+
+Axis = Annotated[Any, AfterValidator(parse_axis)]
+
+
+class GridSettings(Settings):
+    """llmkit against `transformers.generate`, one prompt after the other, over prompt length x batch x output."""
+
+    prompt_len: Axis = Field((8, 32, 64, 128), description="prompt lengths, tokens")
+    batch_size: Axis = Field((1, 4, 8), description="prompts submitted at once")
+    max_tokens: Axis = Field((16, 32, 64), description="output lengths, tokens")
+    repeats: int = Field(3, ge=1, le=100, description="measurements of each cell, arms interleaved; the median counts")
+    time_limit: float = Field(150.0, gt=0.0, description="seconds; no further repeat starts that would pass it")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the prompts")
