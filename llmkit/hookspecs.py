@@ -21,7 +21,11 @@ hookimpl = pluggy.HookimplMarker("llmkit")
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """One step that has landed. Times are seconds on the engine's clock; `new_tokens` maps request id to count."""
+    """One step that has landed. Times are seconds on the engine's clock; `new_tokens` maps request id to count.
+
+    `num_running`, `num_waiting`, `cache` and the slots stand as they were while it ran, before requests that it ended
+    left. `num_reserved_slots`: KV slots in used blocks; `num_unwritten_slots`: those that no step has written yet.
+    """
 
     plan: StepPlan
     planned_at: float
@@ -32,7 +36,8 @@ class StepEvent:
     num_running: int
     num_waiting: int
     cache: CacheStats
-    num_computed_slots: int = 0
+    num_reserved_slots: int = 0
+    num_unwritten_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

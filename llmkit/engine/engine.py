@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pluggy
 
@@ -80,23 +80,25 @@ class Engine:
         """Advance lengths, append tokens, check stops, tell the observers."""
         result = step.pending.wait()
         landed_at = self.clock.now()
-        new_tokens = self._take_in(step.plan, result, landed_at)
         if self.hooks is None:
+            self._take_in(step.plan, result, landed_at)
             return
-        planner = self.planner
+        planner, cache = self.planner, self.planner.allocator.stats()
         event = StepEvent(
             step.plan,
             step.planned_at,
             step.launched_at,
             landed_at,
-            self.clock.now(),
-            new_tokens,
+            landed_at,
+            {},
             planner.num_running,
             planner.num_waiting,
-            planner.allocator.stats(),
-            sum(request.num_computed_tokens for request in planner.requests.values()),
+            cache,
+            cache.num_used_blocks * planner.allocator.spec.block_size,
+            planner.num_unwritten_slots,
         )
-        self.hooks.llmkit_step_finished(event=event)
+        new_tokens = self._take_in(step.plan, result, landed_at)
+        self.hooks.llmkit_step_finished(event=replace(event, new_tokens=new_tokens, finished_at=self.clock.now()))
 
     def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
         new_tokens: dict[str, int] = {}

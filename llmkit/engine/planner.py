@@ -35,6 +35,15 @@ class Planner:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_unwritten_slots(self) -> int:
+        """KV slots that running requests hold but that no launched step has written."""
+        block_size = self.allocator.spec.block_size
+        return sum(
+            request.num_blocks * block_size - request.num_computed_tokens - request.num_in_flight_tokens
+            for request in (view._request for view in self._running)
+        )
+
     def add(self, request: Request) -> None:
         """Queue `request` behind the others."""
         if request.request_id in self.requests:
