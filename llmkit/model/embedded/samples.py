@@ -43,9 +43,11 @@ class Writer:
 def verdict(text: str) -> str:
     """`complete`, `unfinished` (right so far, a bracket, string or block is open) or `invalid` Python.
 
-    The last line is dropped first: the token limit may have cut it anywhere.
+    The last line is dropped first: the token limit may have cut it anywhere. The rest is compiled, never run.
     """
     lines, _, _ = text.rpartition("\n")
+    if not lines.strip():
+        return "unfinished"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

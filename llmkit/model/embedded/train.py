@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llmkit.model.embedded import corpus, tokenizer
 
@@ -124,7 +124,7 @@ def optimise(
         outcome.steps += 1
         if outcome.steps == 1:
             value.item()
-            started = time.perf_counter()  # the first step compiled the model, which is not training
+            started = time.perf_counter()  # the first step compiled the model: not counted in the time or the rate
         outcome.seconds = time.perf_counter() - started
         progress = max(outcome.seconds / (60 * options.minutes), outcome.steps / options.steps)
         if outcome.steps % options.every == 0 or progress >= 1.0:
@@ -157,7 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     text = corpus.collect(options.corpus)
     bpe = tokenizer.learn(text.train, options.vocab)
-    tokenizer.save(bpe, options.out, options.length)
+    model_config = architecture(options.vocab, tokenizer.END_ID)
+    tokenizer.save(bpe, options.out, model_config.max_position_embeddings)
     # Each copy cuts the text elsewhere, so that an epoch is not a plain repetition of the one before.
     copies = [tokenizer.encode(bpe, text.train, options.piece, seed) for seed in range(options.copies)]
     train = torch.tensor([token for copy in copies for token in copy], dtype=torch.int16, device=device)
@@ -165,13 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(text.train)} files, {len(train):,} tokens in {options.copies} copies; {len(held_out):,} held out")
 
     with device:
-        model = LlamaForCausalLM(architecture(options.vocab, tokenizer.END_ID))
+        model = LlamaForCausalLM(model_config)
     regularise(model, options.dropout)
     outcome = optimise(model, train, held_out, options, device)
     model.load_state_dict(outcome.weights)
-    model.to(torch.bfloat16)  # what is shipped is what is measured
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()  # what is shipped is what is measured; buffers stay in float32
     final = held_out_loss(model, loss_of(model, device), held_out, options.length)
+    ends = {"bos_token_id": tokenizer.END_ID, "eos_token_id": tokenizer.END_ID}
+    model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
     model.save_pretrained(options.out)
+    (options.out / "model.safetensors").chmod(0o644)  # written for its owner alone; package data is for everybody
     log = _facts(options, outcome, device) | _figures(text, len(train) // options.copies, len(held_out), final)
     (options.out / "train_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     print(f"best step {outcome.best_step} of {outcome.steps}, {log['tokens_per_second']:,} tokens/s")
@@ -180,8 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _facts(options: argparse.Namespace, outcome: Outcome, device: torch.device) -> dict[str, Any]:
     seen = outcome.steps * options.batch * options.length
+    shown = {name: value for name, value in vars(options).items() if isinstance(value, int | float)}
     return {
-        "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
+        "options": {name: value for name, value in shown.items() if math.isfinite(value)},
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "versions": {
             "python": platform.python_version(),
@@ -193,7 +199,7 @@ def _facts(options: argparse.Namespace, outcome: Outcome, device: torch.device) 
         "best_step": outcome.best_step,
         "tokens_seen": seen,
         "seconds": round(outcome.seconds, 1),
-        "tokens_per_second": round(seen / max(outcome.seconds, 1e-9)),
+        "tokens_per_second": round((seen - options.batch * options.length) / max(outcome.seconds, 1e-9)),
         "curve": outcome.curve,
     }
 
