@@ -11,10 +11,13 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import to_jsonable_python
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces.settings import Settings
-from llmkit.registry import RESERVED, Registry
+from llmkit.registry import KINDS, RESERVED, Registry
+from llmkit.types import SamplingParams
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -44,6 +47,45 @@ class Choice:
     settings: SerializeAsAny[Settings]
 
 
+class RunConfig(Settings):
+    """Everything one run of `llmkit run` needs."""
+
+    scheduler: Choice
+    cache: Choice
+    attention: Choice
+    model: Choice
+    workload: Choice
+    engine: EngineSettings
+    sampling: SamplingParams
+    plots_dir: str = Field(min_length=1, description="where pictures go, besides the run folder")
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Kind of component -> chosen name."""
+        return {kind: getattr(self, kind).name for kind in KINDS}
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"engine": EngineSettings, "sampling": SamplingParams}
+"""The parts of a `RunConfig` that are not components, each with its options."""
+
+
+def resolve(registry: Registry, raw: Mapping[str, Any]) -> RunConfig:
+    """Validate a composed config: `raw` maps each part to `{"name": ..., option: value}` or to its options."""
+    rest: dict[str, Any] = {key: value for key, value in raw.items() if key not in KINDS and key not in SECTIONS}
+    chosen = {kind: choose(registry, kind, raw.get(kind, {})) for kind in KINDS}
+    sections = {key: validate(model, raw.get(key, {}), key) for key, model in SECTIONS.items()}
+    return validate(RunConfig, {**chosen, **sections, **rest})
+
+
+def defaults(settings: type[BaseModel], missing: str) -> dict[str, Any]:
+    """Options and their default values as plain data; `missing` stands for a required one."""
+    fields = settings.model_fields.items()
+    return {
+        name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+        for name, field in fields
+    }
+
+
 def choose(registry: Registry, kind: str, value: str | Mapping[str, Any] | Choice) -> Choice:
     """Resolve `"paged"` or `{"name": "paged", option: value}`; ConfigError names the key and what is allowed."""
     if isinstance(value, Choice):
@@ -68,23 +110,31 @@ def validate(model: type[M], values: Any, key: str = "") -> M:
 def _explain(model: type[BaseModel], problem: Any, key: str) -> str:
     path = [str(part) for part in problem["loc"]]
     dotted = ".".join([key, *path] if key else path)
-    options = list(model.model_fields)
     if problem["type"] == "extra_forbidden" and len(path) == 1:
-        near = get_close_matches(path[0], options, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{dotted}: no such option{hint} (options: {', '.join(options) or 'none'})"
+        return no_such_option(model, path[0], key)
     if problem["type"] == "missing":
         return f"{dotted}: a value is required"
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
         return f"{dotted}: {message}" if dotted else str(message)
-    limits = allowed(model, path[0])
+    limits = "" if problem["type"] == "literal_error" else allowed(model, path[0])
     return f"{dotted}={problem['input']!r}: {message}" + (f" (allowed: {limits})" if limits else "")
+
+
+def no_such_option(model: type[BaseModel], option: str, key: str = "") -> str:
+    """One line for an option that `model` does not have: the nearest one and all."""
+    options = list(model.model_fields)
+    near = get_close_matches(option, options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}{'.' if key else ''}{option}: no such option{hint} (options: {', '.join(options) or 'none'})"
 
 
 def allowed(model: type[BaseModel], field: str) -> str:
     """What `field` takes in words, such as "integer, 1 to 4096"; empty if its type says nothing simple."""
-    schema = model.model_json_schema().get("properties", {}).get(field, {})
+    try:
+        schema = model.model_json_schema().get("properties", {}).get(field, {})
+    except PydanticUserError:  # a type of the component's own that has no JSON schema
+        return ""
     parts = [_in_words(part) for part in schema.get("anyOf", [schema])]
     return " or ".join(part for part in parts if part)
 
@@ -93,6 +143,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(str(value) for value in schema["enum"])
     kind = str(schema.get("type", ""))
+    if kind == "array":
+        return f"list of {_in_words(schema.get('items', {})) or 'values'}"
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
     if low is not None and high is not None:

@@ -1,0 +1,171 @@
+"""Composing a run from the command line with Hydra: options into the ConfigStore, plain data out, errors in one line.
+
+The only file, with `llmkit.run`, that knows Hydra. Nothing here decides what an option means: that is
+`llmkit.config`; here its defaults become groups, so that a foreign plugin appears in `--help` and sweeps by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit.config import SECTIONS, RunConfig, defaults, no_such_option
+from llmkit.errors import ConfigError, unknown_name
+from llmkit.registry import KINDS, RESERVED, Registry
+
+MISSING = "???"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One composed run: `raw` is plain data for `llmkit.config.resolve`, `run_dir` its own new folder."""
+
+    raw: Mapping[str, Any]
+    run_dir: Path
+    overrides: tuple[str, ...]
+    is_sweep: bool
+
+
+def conf_dir() -> Path:
+    """The folder of `config.yaml` and the presets: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    inside, beside = package / "conf", package.parent / "conf"
+    return inside if (inside / "config.yaml").is_file() else beside
+
+
+def store(registry: Registry) -> None:
+    """Give Hydra every component as `kind=name` and every section as `section=default`, with their default options."""
+    config_store = ConfigStore.instance()
+    for group in (*KINDS, *SECTIONS):
+        config_store.repo.pop(group, None)
+    for component in registry.components():
+        node = {"name": component.name, **defaults(component.settings, MISSING)}
+        config_store.store(name=component.name, node=node, group=component.kind, provider=component.owner)
+    for kind, names in RESERVED.items():
+        for name in names:
+            config_store.store(name=name, node={"name": name}, group=kind, provider="llmkit")
+    for section, model in SECTIONS.items():
+        config_store.store(name="default", node=defaults(model, MISSING), group=section, provider="llmkit")
+
+
+def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], None]) -> None:
+    """Compose from `argv` and call `task` once, or once per combination of a sweep.
+
+    Raises ConfigError, one line, for whatever Hydra finds wrong. The first exception of `task` is raised at the end:
+    a failing combination does not stop a sweep.
+    """
+    OmegaConf.register_new_resolver("pid", lambda: str(os.getpid()), replace=True)
+    raised: list[Exception] = []
+    num_jobs = 0
+
+    def composed(cfg: DictConfig) -> None:
+        nonlocal num_jobs
+        num_jobs += 1
+        try:
+            task(_job(cfg, argv, registry))
+        except Exception as error:
+            raised.append(error)
+
+    with _hydra_raises(argv):
+        try:
+            hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(composed)()
+        except Exception as error:
+            raise ConfigError(explain(error, argv, registry)) from error
+    if raised:
+        raise raised[0]
+    if not num_jobs and any("glob(" in argument for argument in argv):
+        raise ConfigError("nothing to run: a glob matches no name")
+
+
+@contextmanager
+def _hydra_raises(argv: Sequence[str]) -> Iterator[None]:
+    """Hand Hydra `argv`, and have it raise its errors instead of printing them."""
+    old_argv, old_flag = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["llmkit run", *argv], "1"
+    try:
+        yield
+    finally:
+        sys.argv = old_argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if old_flag is not None:
+            os.environ["HYDRA_FULL_ERROR"] = old_flag
+
+
+def _job(cfg: DictConfig, argv: Sequence[str], registry: Registry) -> Job:
+    settings = HydraConfig.get()
+    try:
+        raw = _without_missing(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, argv, registry)) from error
+    is_sweep = settings.mode is RunMode.MULTIRUN
+    return Job(raw, Path(settings.runtime.output_dir), tuple(settings.overrides.task), is_sweep)
+
+
+def _without_missing(value: Any) -> Any:
+    """Drop required options that got no value, so that validation names them."""
+    if isinstance(value, dict):
+        return {key: _without_missing(inner) for key, inner in value.items() if inner != MISSING}
+    return value
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """Plain data as YAML, in the given order."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
+
+
+def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
+    """Hydra's complaint in one line: what is wrong, what would be right, and which plugins failed."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: {str(error).splitlines()[0]}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return unknown_name(group, name, error.options, registry.notes() if group in KINDS else ())
+    text = str(error)
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n)", text):
+        return f"{match[1]} names several values: add -m to run them all, or write [a,b] for a list"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_option(match[1], argv, registry)
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"{match[1]} exists already: leave out the +"
+    text += f": {error.__cause__}" if error.__cause__ else ""
+    text = re.sub(r"\n\s+full_key: (\S+)\n\s+object_type=\w+", r" (\1)", text)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
+    """Say which options the part that `key` belongs to has, in the component chosen by `argv` or by default."""
+    head, _, option = key.partition(".")
+    if head not in (*KINDS, *SECTIONS) or not option:
+        return unknown_name("option or group", key, [*RunConfig.model_fields, "experiment"])
+    option = option.partition(".")[0]
+    names = [name for name in _chosen(head, argv, registry) if name in registry.names(head)]
+    models = [SECTIONS[head]] if head in SECTIONS else [registry.get(head, name).settings for name in names]
+    for model in models:
+        if option not in model.model_fields:
+            return no_such_option(model, option, head)
+    return f"{key}: no such option"
+
+
+def _chosen(kind: str, argv: Sequence[str], registry: Registry) -> list[str]:
+    """Names that `argv` chooses for `kind`, sweeps included; else the default of `config.yaml`."""
+    values = [argument.partition("=")[2] for argument in argv if argument.lstrip("+").startswith(f"{kind}=")]
+    names = re.findall(r"\w+", " ".join(values))
+    known = [name for name in registry.names(kind) if name in names or "glob" in names]
+    if known:
+        return known
+    composition = OmegaConf.load(conf_dir() / "config.yaml")
+    return [entry[kind] for entry in composition.defaults if kind in entry]
