@@ -1,0 +1,37 @@
+"""Arrivals x lengths x shared prefixes -> timed requests. Same settings and seed, same requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmkit.workload.arrivals import arrival_times
+from llmkit.workload.lengths import sample_lengths
+from llmkit.workload.prompts import prompt_source
+from llmkit.workload.protocol import ModelBounds
+from llmkit.workload.requests import TimedRequest
+from llmkit.workload.settings import SyntheticSettings
+
+
+def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, bounds: ModelBounds) -> list[TimedRequest]:
+    """Requests in order of arrival.
+
+    Each property has a random stream of its own, so changing the rate leaves prompts and lengths as they were. With
+    prefix groups, a request belongs to one drawn uniformly and starts with its `prefix_len` tokens.
+    """
+    size, seed = settings.num_requests, settings.seed
+    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng = (
+        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(6)
+    )
+    times = arrival_times(size, rate, burstiness, times_rng)
+    prompt_lens = sample_lengths(settings.prompt_len, size, prompt_rng)
+    output_lens = sample_lengths(settings.max_tokens, size, output_rng)
+    draw = prompt_source(settings.prompt_file, bounds, text_rng)
+    prefixes = [draw(settings.prefix_len) for _ in range(settings.prefix_groups)] or [()]
+    groups = group_rng.integers(len(prefixes), size=size)
+    priorities = priority_rng.integers(settings.priorities, size=size)
+    return [
+        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority)
+        for time, prompt_len, max_tokens, group, priority in zip(
+            *(column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities)), strict=True
+        )
+    ]
