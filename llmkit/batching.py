@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from llmkit.errors import PluginError
 from llmkit.interfaces.scheduler import (
     DenialReason,
     Denied,
@@ -74,12 +75,13 @@ class ContinuousBatching(Scheduler):
         """Continue the running requests, then admit waiting ones while there is room."""
         self._preempted.clear()
         running = self.order_running(queue.running, step.now)
-        self._continue(running, step)
-        if queue.waiting and not self._preempted and not step.num_reclaiming_blocks:
+        if self._continue(running, step) and queue.waiting:
             self._admit(queue.waiting, running, step)
 
-    def _continue(self, running: Sequence[RequestView], step: SchedulingStep) -> None:
+    def _continue(self, running: Sequence[RequestView], step: SchedulingStep) -> bool:
+        """Run what is running; False if blocks were short, so that nobody may join."""
         run, chunk, preempted = step.run, self.chunk, self._preempted
+        has_room = True
         for request in running:
             if preempted and request in preempted:
                 continue
@@ -89,14 +91,15 @@ class ContinuousBatching(Scheduler):
             if outcome.reason is DenialReason.NO_TOKENS:  # type: ignore[union-attr]
                 break
             if outcome.reason is DenialReason.NO_BLOCKS:  # type: ignore[union-attr]
+                has_room = False
                 self._make_room(request, running, step)
+        return has_room
 
     def _make_room(self, request: RequestView, running: Sequence[RequestView], step: SchedulingStep) -> None:
         """Preempt until `request` fits or is itself the victim; wait instead while blocks are on their way back."""
         while not step.num_reclaiming_blocks:
-            victim = self.victim([r for r in running if r not in self._preempted], step)
-            self._preempted.add(victim)
-            step.preempt(victim)
+            victim = self._choose_victim([r for r in running if r not in self._preempted], step)
+            self._preempt(victim, step)
             if victim is request or isinstance(step.run(request, self.chunk(request, step)), Grant):
                 return
 
@@ -121,11 +124,20 @@ class ContinuousBatching(Scheduler):
         outcome: Grant | Denied = denied
         candidates = [r for r in running if r not in self._preempted]
         while isinstance(outcome, Denied) and candidates and not step.num_reclaiming_blocks:
-            victim = self.victim(candidates, step)
+            victim = self._choose_victim(candidates, step)
             if not self.outranks(request, victim):
                 break
             candidates.remove(victim)
-            self._preempted.add(victim)
-            step.preempt(victim)
+            self._preempt(victim, step)
             outcome = step.run(request, self.chunk(request, step))
         return outcome
+
+    def _choose_victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
+        victim = self.victim(candidates, step)
+        if victim not in candidates:
+            raise PluginError(f"{type(self).__name__}.victim chose {victim!r}, which is not among the candidates")
+        return victim
+
+    def _preempt(self, victim: RequestView, step: SchedulingStep) -> None:
+        self._preempted.add(victim)
+        step.preempt(victim)

@@ -16,6 +16,7 @@ class Residency:
         self.block_size = allocator.spec.block_size
         self.num_landed_steps = 0
         self.num_reclaiming_blocks = 0
+        self._num_stays = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._pinned: deque[tuple[int, Request, int]] = deque()
 
@@ -31,14 +32,15 @@ class Residency:
         return True
 
     def enter(self, request: Request) -> None:
-        """Give `request` a slot; the caller has checked that one is free."""
+        """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free."""
         request.slot = self._free_slots.pop()
+        self._num_stays += 1
+        request.epoch = self._num_stays
 
     def leave(self, request: Request) -> int:
         """Take `request` off the device: its results in flight go stale. Returns the blocks free at once."""
         num_blocks, slot = request.num_blocks, request.slot
-        request.epoch += 1
-        request.slot = -1
+        request.epoch, request.slot = 0, -1
         request.num_blocks = request.num_sent_blocks = 0
         request.num_computed_tokens = request.num_in_flight_tokens = request.num_pending_samples = 0
         if request.last_step_id >= self.num_landed_steps:
@@ -49,8 +51,8 @@ class Residency:
         return num_blocks
 
     def is_pinned(self, request: Request) -> bool:
-        """Whether blocks of an earlier stay of `request` still wait for a step in flight."""
-        return any(pinned is request for _, pinned, _ in self._pinned)
+        """Whether blocks of an earlier stay under this id still wait for a step in flight."""
+        return any(pinned.request_id == request.request_id for _, pinned, _ in self._pinned)
 
     def land(self, step_id: int) -> None:
         """Step `step_id` has run: give back what only it and earlier steps named."""

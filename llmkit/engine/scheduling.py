@@ -88,22 +88,25 @@ class PlannedStep:
     def preempt(self, view: RequestView) -> int:
         """Take a running request out, whether or not it has a grant in this step. Returns the blocks free now."""
         request = view._request
-        if request.status is not RequestStatus.RUNNING or not self._is_open:
+        self._check_open()
+        if request.status is not RequestStatus.RUNNING:
             return 0
         self.num_free_tokens += self.grants.pop(view, 0)
         if view in self.admitted:
             self.admitted.remove(view)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
-        request.num_recomputed_tokens += request.num_computed_tokens
+        request.num_recomputed_tokens += request.num_computed_tokens + request.num_in_flight_tokens
         self.preempted.append(view)
         return self._residency.leave(request)
 
     def reject(self, view: RequestView, reason: str) -> None:
-        """End a waiting request with an error."""
+        """End a waiting request with an error; one that has ended already is left alone."""
+        self._check_open()
         if view._request.status is RequestStatus.RUNNING:
             raise PluginError(f"request {view.request_id!r} is running; preempt it before rejecting it")
-        self.rejected[view] = reason
+        if view._request.status is not RequestStatus.FINISHED:
+            self.rejected[view] = reason
 
     def close(self) -> None:
         """Nothing can be changed through this object any more."""
@@ -113,11 +116,14 @@ class PlannedStep:
         """Undo admissions of a step whose scheduler raised: those requests never reached the device."""
         for view in self.admitted:
             self._residency.leave(view._request)
-            view._request.status = RequestStatus.WAITING
+            view._request.status = RequestStatus.PREEMPTED if view.num_preemptions else RequestStatus.WAITING
         self.admitted.clear()
         self.grants.clear()
 
     def _no_work(self) -> Denied:
+        self._check_open()
+        return NO_WORK
+
+    def _check_open(self) -> None:
         if not self._is_open:
             raise PluginError("this step is closed: act only inside `schedule`")
-        return NO_WORK

@@ -1,67 +1,132 @@
-"""An executor without a model: its tokens are a hash of the whole prefix, so any slip in the bookkeeping shows."""
+"""An executor without a model: its tokens depend on the whole prefix, so any slip in the bookkeeping shows.
+
+It is stricter than a device: whatever a step named must still stand, untouched, when its result is read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from itertools import accumulate
 
 from llmkit.types import StepPlan, StepResult
 
+_MASK = (1 << 64) - 1
 
-def next_token(seed: int, prefix: list[int], vocab_size: int) -> int:
+
+def _extend(digest: int, token: int) -> int:
+    """Digest of a prefix that is one `token` longer (a 64-bit multiply and shift hash)."""
+    digest = (digest ^ (token + 1)) * 0x9E3779B97F4A7C15 & _MASK
+    return digest ^ digest >> 29
+
+
+def _digests(token_ids: Iterable[int]) -> list[int]:
+    """Digest of every non-empty prefix."""
+    return list(accumulate(token_ids, _extend, initial=0))[1:]
+
+
+def _sample(seed: int, digest: int, vocab_size: int) -> int:
+    return (_extend(digest, seed) >> 8) % vocab_size
+
+
+def next_token(seed: int, prefix: Sequence[int], vocab_size: int) -> int:
     """The token that follows `prefix`: a pure function of seed and content."""
-    digest = blake2b(repr((seed, prefix)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % vocab_size
+    return _sample(seed, _digests(prefix)[-1], vocab_size)
 
 
 @dataclass(slots=True)
-class _Done:
+class _Slot:
+    """What the device knows of one stay: digests of all its prefixes, its block table, where its next row starts."""
+
+    request_id: str
+    seed: int
+    digests: list[int]
+    table: list[int] = field(default_factory=list)
+    num_entries: int | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    executor: FakeExecutor
+    number: int
+    slots: dict[int, tuple[_Slot, int]]
     result: StepResult
 
     def wait(self) -> StepResult:
+        """The result; checks that later launches left alone whatever this step named."""
+        if self.executor.num_steps > self.number:
+            for number, (slot, end) in self.slots.items():
+                assert self.executor.slots.get(number) is slot, f"slot {number} was handed over while in flight"
+                self.executor.read(slot, end)
         return self.result
 
 
 @dataclass(slots=True)
 class FakeExecutor:
-    """Runs plans on host lists: KV is a table (block, offset) -> (position, token), checked on every read."""
+    """Runs plans on host lists. A KV entry is the digest of its prefix, and every row checks all entries it reads.
+
+    `faults` maps request ids to the length from which on their rows fail, each with an error of its own.
+    """
 
     block_size: int
     vocab_size: int = 1000
+    faults: Mapping[str, int] = field(default_factory=dict)
     num_steps: int = 0
-    _tokens: dict[int, list[int]] = field(default_factory=dict)
-    _seeds: dict[int, int] = field(default_factory=dict)
-    _tables: dict[int, list[int]] = field(default_factory=dict)
-    _kv: dict[int, tuple[int, int]] = field(default_factory=dict)
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    _kv: dict[int, list[int]] = field(default_factory=dict)
 
-    def launch(self, plan: StepPlan) -> _Done:
+    def launch(self, plan: StepPlan) -> _Pending:
+        """Run `plan` at once; AssertionError if it reads an entry that was never written or belongs to another."""
         self.num_steps += 1
-        for admission in plan.admissions:
-            self._tokens[admission.slot] = list(admission.token_ids)
-            self._seeds[admission.slot] = admission.seed
-            self._tables[admission.slot] = []
+        for slot, request_id, token_ids, _, _, seed in plan.admissions:
+            self.slots[slot] = _Slot(request_id, seed, _digests(token_ids))
         for slot, start, blocks in plan.edits:
-            self._tables[slot][start:] = blocks
-        for row in plan.scheduled:
-            self._write(row.slot, row.start, row.num_tokens)
-        tokens = [self._row(row.slot, row.start + row.num_tokens, row.samples) for row in plan.scheduled]
-        return _Done(StepResult(plan.step_id, tokens))
+            table = self.slots[slot].table
+            assert start <= len(table), f"slot {slot}: its table has {len(table)} blocks, an edit starts at {start}"
+            table[start:] = blocks
+        named: dict[int, tuple[_Slot, int]] = {}
+        for request_id, slot, start, num_tokens, _, _ in plan.scheduled:
+            assert slot not in named, f"slot {slot} has two rows in one step"
+            assert self.slots[slot].request_id == request_id, f"slot {slot} is not the slot of {request_id!r}"
+            assert num_tokens > 0, f"slot {slot}: a row of {num_tokens} tokens"
+            self._write(self.slots[slot], start, start + num_tokens)
+            named[slot] = self.slots[slot], start + num_tokens
+        tokens = [self._row(self.slots[row.slot], row.start + row.num_tokens, row.samples) for row in plan.scheduled]
+        errors = {
+            index: f"fault injected at {self.faults[row.request_id]} tokens"
+            for index, row in enumerate(plan.scheduled)
+            if row.start + row.num_tokens >= self.faults.get(row.request_id, 1 << 60)
+        }
+        return _Pending(self, self.num_steps, named, StepResult(plan.step_id, tokens, errors=errors))
 
-    def _where(self, slot: int, position: int) -> int:
-        return self._tables[slot][position // self.block_size] * self.block_size + position % self.block_size
+    def _write(self, slot: _Slot, start: int, end: int) -> None:
+        known = slot.num_entries
+        assert start == known or known is None, f"{slot.request_id!r} has {known} entries, a row starts at {start}"
+        assert end <= len(slot.digests), f"{slot.request_id!r} runs to {end}, but knows {len(slot.digests)} tokens"
+        reach = len(slot.table) * self.block_size
+        assert end <= reach, f"{slot.request_id!r} writes up to {end}, but its blocks reach {reach}"
+        for position in range(start, end):
+            index, offset = divmod(position, self.block_size)
+            block = self._kv.setdefault(slot.table[index], [0] * self.block_size)
+            block[offset] = slot.digests[position]
+        slot.num_entries = end
 
-    def _write(self, slot: int, start: int, num_tokens: int) -> None:
-        tokens = self._tokens[slot]
-        for position in range(start, start + num_tokens):
-            self._kv[self._where(slot, position)] = (position, tokens[position])
+    def read(self, slot: _Slot, end: int) -> None:
+        """Check the first `end` KV entries of `slot`."""
+        blocks = slot.table[: -(-end // self.block_size)]
+        entries = [entry for block in blocks for entry in self._kv.get(block, ())][:end]
+        if entries != slot.digests[:end]:
+            pairs = zip(entries, slot.digests, strict=False)
+            wrong = next((at for at, (is_, wanted) in enumerate(pairs) if is_ != wanted), len(entries))
+            block = slot.table[wrong // self.block_size]
+            raise AssertionError(f"{slot.request_id!r} reads a wrong KV entry at position {wrong}, block {block}")
 
-    def _row(self, slot: int, end: int, samples: bool) -> int:
-        tokens = self._tokens[slot]
-        read = [self._kv.get(self._where(slot, position)) for position in range(end)]
-        expected = list(enumerate(tokens[:end]))
-        assert read == expected, f"slot {slot} attends to {read}, wants {expected}"
+    def _row(self, slot: _Slot, end: int, samples: bool) -> int:
+        self.read(slot, end)
+        is_last = end == len(slot.digests)
+        assert samples == is_last, f"{slot.request_id!r}: samples={samples} after {end} of {len(slot.digests)} tokens"
         if not samples:
             return -1
-        assert end == len(tokens), f"slot {slot} samples after {end} of {len(tokens)} tokens"
-        tokens.append(next_token(self._seeds[slot], tokens, self.vocab_size))
-        return tokens[-1]
+        token = _sample(slot.seed, slot.digests[-1], self.vocab_size)
+        slot.digests.append(_extend(slot.digests[-1], token))
+        return token
