@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llmkit.batching import ContinuousBatching, ContinuousBatchingSettings
+from llmkit.engine.settings import EngineSettings
 from llmkit.errors import CapacityError, ConfigError, LlmkitError, ModelError, PluginError, RequestError
 from llmkit.hookspecs import RequestEvent, StepEvent, hookimpl
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
@@ -43,7 +44,7 @@ from llmkit.types import (
 )
 
 if TYPE_CHECKING:
-    from llmkit.config import EngineSettings, RunConfig
+    from llmkit.config import RunConfig
     from llmkit.engine.engine import Engine
     from llmkit.llm import LLM
     from llmkit.plugins import load_plugins
@@ -104,7 +105,6 @@ __all__ = [
 _LAZY = {
     "LLM": "llmkit.llm",
     "Engine": "llmkit.engine.engine",
-    "EngineSettings": "llmkit.config",
     "RunConfig": "llmkit.config",
     "load_plugins": "llmkit.plugins",
 }

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config import SECTIONS, RunConfig, defaults, no_such_option
+from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults, no_such_option
 from llmkit.errors import ConfigError, unknown_name
 from llmkit.registry import KINDS, RESERVED, Registry
 
@@ -38,13 +38,6 @@ class Job:
     run_dir: Path
     overrides: tuple[str, ...]
     is_sweep: bool
-
-
-def conf_dir() -> Path:
-    """The folder of `config.yaml` and the presets: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent
-    inside, beside = package / "conf", package.parent / "conf"
-    return inside if (inside / "config.yaml").is_file() else beside
 
 
 def store(registry: Registry) -> None:

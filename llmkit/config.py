@@ -8,35 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
+from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import KINDS, RESERVED, Registry
 from llmkit.types import SamplingParams
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class EngineSettings(Settings):
-    """Options of the engine itself, whatever the plugins."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="type of weights and KV cache; auto: the checkpoint's on CUDA, float32 on CPU"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
-    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
-    num_blocks: int | None = Field(None, ge=1, le=1 << 24, description="KV blocks; null: as many as memory allows")
-    max_model_len: int | None = Field(None, ge=1, le=1 << 22, description="longest sequence; null: the model's own")
-    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of GPU memory llmkit may use")
-    cpu_cache_gib: float = Field(1.0, gt=0.0, le=4096.0, description="KV cache on CPU, GiB, if num_blocks is null")
-    depth: Literal["auto", 0, 1] = Field("auto", description="steps in flight while planning; auto: 1 on CUDA, else 0")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of requests that bring none, and of random weights")
-    fused: bool = Field(True, description="fused projections and norms where the model allows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +54,13 @@ SECTIONS: dict[str, type[BaseModel]] = {"engine": EngineSettings, "sampling": Sa
 """The parts of a `RunConfig` that are not components, each with its options."""
 
 
+def conf_dir() -> Path:
+    """The folder of `config.yaml` and the presets: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    inside, beside = package / "conf", package.parent / "conf"
+    return inside if (inside / "config.yaml").is_file() else beside
+
+
 def resolve(registry: Registry, raw: Mapping[str, Any]) -> RunConfig:
     """Validate a composed config: `raw` maps each part to `{"name": ..., option: value}` or to its options."""
     rest: dict[str, Any] = {key: value for key, value in raw.items() if key not in KINDS and key not in SECTIONS}
@@ -83,6 +75,14 @@ def defaults(settings: type[BaseModel], missing: str) -> dict[str, Any]:
     return {
         name: missing if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
         for name, field in fields
+    }
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The config as plain data in the shape of the command line: options beside the component's name."""
+    dumped = config.model_dump(mode="json")
+    return {
+        key: {"name": value["name"], **value["settings"]} if key in KINDS else value for key, value in dumped.items()
     }
 
 

@@ -1,0 +1,83 @@
+"""The console script `llmkit`. Each subcommand has its file; what it needs is imported when it runs, torch last."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from llmkit.errors import LlmkitError
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:
+        from llmkit.run import main as run
+
+        return run(words[1:])
+    if words[:1] == ["__complete"]:
+        from llmkit.cli.completion import complete
+
+        return complete(" ".join(words[1:]))
+    options = parser().parse_args(words)
+    try:
+        return _dispatch(options)
+    except LlmkitError as error:
+        if options.debug:
+            raise
+        print(f"llmkit: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("\nllmkit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `llmkit plugins | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "plugins":
+        from llmkit.cli.listing import list_plugins, show_plugin
+
+        return show_plugin(options.name) if options.action == "show" else list_plugins()
+    if options.command == "generate":
+        from llmkit.cli.generate import generate
+
+        return generate(options)
+    from llmkit.cli.completion import script
+
+    print(script(options.shell), end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every subcommand but `run`, whose arguments are Hydra's and are passed on untouched."""
+    top = argparse.ArgumentParser(prog="llmkit", description="An LLM inference engine built from replaceable parts.")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="benchmark one composition, or sweep over many (llmkit run --help)", add_help=False)
+    plugins = commands.add_parser("plugins", help="list what is installed; `plugins show NAME` for its options")
+    actions = plugins.add_subparsers(dest="action", metavar="show")
+    show = actions.add_parser("show", help="options of one part: defaults, allowed values, meaning")
+    show.add_argument("name", help="such as continuous, cache/paged, engine or sampling")
+    _add_generate(commands.add_parser("generate", help="continue one prompt, streaming to standard output"))
+    completion = commands.add_parser("completion", help="print the completion script of a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return top
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", help="text to continue")
+    command.add_argument("--model", default="embedded", help="a name from `llmkit plugins`, or a folder or hub id")
+    command.add_argument("--max-tokens", type=int, default=64)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-k", type=int, default=0)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int)
+    command.add_argument("--stop", action="append", default=[], help="stop before this text; may be repeated")
+    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")

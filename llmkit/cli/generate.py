@@ -1,0 +1,37 @@
+"""`llmkit generate "def main("`: one prompt, its continuation streamed to standard output as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from llmkit.config import choose, validate
+from llmkit.engine.settings import EngineSettings
+from llmkit.errors import RequestError
+from llmkit.plugins import load_plugins
+from llmkit.types import SamplingParams
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Everything is validated before torch is imported. RequestError if the prompt cannot run."""
+    wanted = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")}
+    params = validate(SamplingParams, wanted)
+    engine = validate(EngineSettings, {"dtype": options.dtype, "device": options.device})
+    model = choose(load_plugins()[0], "model", _model(options.model))
+    from llmkit.llm import LLM
+
+    llm = LLM(model, engine=engine)
+    sys.stdout.write(options.prompt)
+    for piece in llm.stream([options.prompt], params):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        if piece.error is not None:
+            raise RequestError(piece.error)
+    sys.stdout.write("\n")
+    return 0
+
+
+def _model(name: str) -> str | dict[str, Any]:
+    """A registered name, or a folder or hub id, both of which hold a slash."""
+    return {"name": "hf", "path": name} if "/" in name else name

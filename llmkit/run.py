@@ -1,0 +1,131 @@
+"""`python -m llmkit.run scheduler=continuous cache=paged`: play one composed workload, or sweep over many.
+
+Everything is validated before torch is imported. Weights are loaded once per process for runs that share them.
+Standard output gets tables; progress, logs and where the files are go to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.compose import Job, run_hydra, store, to_yaml
+from llmkit.config import RunConfig, plain, resolve
+from llmkit.errors import LlmkitError
+from llmkit.plugins import load_plugins
+from llmkit.registry import Registry
+from llmkit.workload.protocol import RunContext, RunOutcome
+
+if TYPE_CHECKING:
+    from llmkit.llm import LLM
+    from llmkit.model.loading import LoadedModel
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+class Runner:
+    """Plays composed jobs one after the other; keeps the weights of the last one."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.num_failed = 0
+        self._weights: tuple[str, LoadedModel] | None = None
+
+    def __call__(self, job: Job) -> None:
+        """Validate and play one job. In a sweep a job that cannot run is reported and the others go on."""
+        try:
+            outcome = self.play(job)
+        except LlmkitError as error:
+            if not job.is_sweep:
+                raise
+            self.num_failed += 1
+            say(f"{job.run_dir.name}: {error}")
+            return
+        say("written: " + ", ".join(_relative(path) for path in (*outcome.files, job.run_dir)))
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+
+    def play(self, job: Job) -> RunOutcome:
+        """Build what the job asks for and run its workload in its own folder."""
+        config = resolve(self.registry, job.raw)
+        factory = self.registry.get("workload", config.workload.name).load()
+        workload = factory(config.workload.settings)
+        llm = self._llm(config)
+        context = RunContext(
+            run_dir=job.run_dir,
+            sampling=config.sampling,
+            seed=config.engine.seed,
+            config_text=to_yaml(plain(config)),
+            overrides=job.overrides,
+            labels=config.labels,
+            device=llm.model.device.type,
+            dtype=str(llm.model.dtype).removeprefix("torch."),
+            plots_dir=Path(config.plots_dir),
+        )
+        outcome: RunOutcome = workload.run(llm, context)
+        return outcome
+
+    def _llm(self, config: RunConfig) -> LLM:
+        from llmkit.llm import LLM
+
+        release_memory()
+        key = repr((config.model, config.engine.dtype, config.engine.device))
+        model: Any = config.model
+        if self._weights is not None and self._weights[0] == key:
+            model = self._weights[1]
+        else:
+            self._weights = None
+        llm = LLM(model, config.scheduler, config.cache, config.attention, engine=config.engine)
+        self._weights = key, llm.model
+        return llm
+
+
+def release_memory() -> None:
+    """Give the KV pool of the run before back to the device, so that the next one may have all of it."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def say(message: str) -> None:
+    """One line to whoever is watching; never mixed with results."""
+    print(f"llmkit: {message}", file=sys.stderr)
+
+
+def _relative(path: Path) -> str:
+    """As short as possible for a person who wants to open it."""
+    shown = os.path.relpath(path)
+    return str(path) if shown.startswith("..") else shown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compose, validate, run. Returns 0, 2 if anything asked for was wrong, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    words = [word for word in words if word != "--debug"]
+    try:
+        registry, _ = load_plugins()
+        store(registry)
+        runner = Runner(registry)
+        run_hydra(words, registry, runner)
+    except LlmkitError as error:
+        if debug:
+            raise
+        say(str(error))
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        say("interrupted; what was measured so far is in the run folder")
+        return INTERRUPTED
+    if runner.num_failed:
+        say(f"{runner.num_failed} of the sweep's runs failed, see above")
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
