@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.interfaces.settings import Settings
+from llmkit.interfaces.settings import Settings as AnySettings
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +60,10 @@ class AttentionBatch:
 class AttentionBackend(ABC):
     """Stores keys and values in blocks and attends over them."""
 
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[AnySettings]] = AnySettings
 
     def __init__(
-        self, settings: Settings, requirements: AttentionRequirements, dtype: torch.dtype, device: torch.device
+        self, settings: AnySettings, requirements: AttentionRequirements, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.settings = settings
         self.requirements = requirements

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmkit.interfaces.settings import Settings
+from llmkit.interfaces.settings import Settings as AnySettings
 from llmkit.types import Request
 
 
@@ -41,9 +41,9 @@ class CacheAllocator(ABC):
     A request's block table maps token position p to block `block_table(request)[p // block_size]`.
     """
 
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[AnySettings]] = AnySettings
 
-    def __init__(self, settings: Settings, spec: CacheSpec) -> None:
+    def __init__(self, settings: AnySettings, spec: CacheSpec) -> None:
         self.settings = settings
         self.spec = spec
 
