@@ -33,7 +33,7 @@ class Target(Protocol):
         """Where an observer of `engine`'s event hooks is registered while a workload runs."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling_params: SamplingParams) -> Sequence[RequestOutput]:
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, /) -> Sequence[RequestOutput]:
         """Submit all prompts (token ids) at once and return their outputs in order."""
         ...
 
@@ -41,7 +41,7 @@ class Target(Protocol):
         """The same weights as a plain `transformers` causal LM, for the grid's baseline."""
         ...
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, /) -> list[int]:
         """Token ids of `text`, for prompts given as text."""
         ...
 
@@ -57,7 +57,7 @@ class RunContext:
     """
 
     run_dir: Path
-    sampling: SamplingParams = field(default_factory=lambda: SamplingParams.model_validate({"temperature": 0.0}))
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     seed: int = 0
     config_text: str = ""
     overrides: tuple[str, ...] = ()

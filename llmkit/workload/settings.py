@@ -50,23 +50,29 @@ Lengths = Annotated[Any, AfterValidator(parse_lengths)]
 class ServedSettings(Settings):
     """Options of every workload that is played against the engine."""
 
-    ignore_eos: bool = Field(True, description="generate exactly max_tokens for each request")
-    goodput_ttft_ms: float | None = Field(None, gt=0.0, description="goodput limit on the time to first token, ms")
-    goodput_tpot_ms: float | None = Field(None, gt=0.0, description="goodput limit on the time per output token, ms")
-    goodput_e2el_ms: float | None = Field(None, gt=0.0, description="goodput limit on the end-to-end latency, ms")
+    ignore_eos: bool = Field(default=True, description="generate exactly max_tokens for each request")
+    goodput_ttft_ms: float | None = Field(
+        default=None, gt=0.0, description="goodput limit on the time to first token, ms"
+    )
+    goodput_tpot_ms: float | None = Field(
+        default=None, gt=0.0, description="goodput limit on the time per output token, ms"
+    )
+    goodput_e2el_ms: float | None = Field(
+        default=None, gt=0.0, description="goodput limit on the end-to-end latency, ms"
+    )
 
 
 class SyntheticSettings(ServedSettings):
     """Lengths, shared prefixes and prompts. Lengths: N, [LOW, HIGH] (uniform) or [[0, MIN], ..., [1, MAX]]."""
 
-    num_requests: int = Field(64, ge=1, le=1_000_000, description="how many requests")
-    prompt_len: Lengths = Field((16, 128), description="prompt tokens, the shared prefix not counted")
-    max_tokens: Lengths = Field((16, 64), description="output tokens")
-    prefix_groups: int = Field(0, ge=0, le=1_000_000, description="groups of requests that share a prefix")
-    prefix_len: int = Field(0, ge=0, le=MAX_LEN, description="tokens of each shared prefix")
-    priorities: int = Field(1, ge=1, le=1000, description="priorities are drawn from 0 to this, exclusive")
-    prompt_file: str = Field("", description="text file to cut prompts from; empty: random token ids")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
+    num_requests: int = Field(default=64, ge=1, le=1_000_000, description="how many requests")
+    prompt_len: Lengths = Field(default=(16, 128), description="prompt tokens, the shared prefix not counted")
+    max_tokens: Lengths = Field(default=(16, 64), description="output tokens")
+    prefix_groups: int = Field(default=0, ge=0, le=1_000_000, description="groups of requests that share a prefix")
+    prefix_len: int = Field(default=0, ge=0, le=MAX_LEN, description="tokens of each shared prefix")
+    priorities: int = Field(default=1, ge=1, le=1000, description="priorities are drawn from 0 to this, exclusive")
+    prompt_file: str = Field(default="", description="text file to cut prompts from; empty: random token ids")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
 
     @model_validator(mode="after")
     def _prefix_is_whole(self) -> SyntheticSettings:
@@ -82,30 +88,30 @@ class BatchSettings(SyntheticSettings):
 class PoissonSettings(SyntheticSettings):
     """Poisson arrivals."""
 
-    rate: float = Field(8.0, gt=0.0, description="requests per second; .inf: all at once")
+    rate: float = Field(default=8.0, gt=0.0, description="requests per second; .inf: all at once")
 
 
 class GammaSettings(PoissonSettings):
     """Gamma inter-arrival times."""
 
     burstiness: float = Field(
-        0.5, gt=0.0, le=1e6, description="shape of the gamma distribution; 1: Poisson; less: bursts"
+        default=0.5, gt=0.0, le=1e6, description="shape of the gamma distribution; 1: Poisson; less: bursts"
     )
 
 
 class TraceSettings(ServedSettings):
     """Requests from a JSONL file."""
 
-    path: str = Field("", description="JSONL file, one request a line")
-    num_requests: int = Field(0, ge=0, le=10_000_000, description="play only the first so many; 0: all")
-    time_scale: float = Field(1.0, gt=0.0, le=1e6, description="arrival times are multiplied by this")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of prompts of which only the length is given")
+    path: str = Field(default="", description="JSONL file, one request a line")
+    num_requests: int = Field(default=0, ge=0, le=10_000_000, description="play only the first so many; 0: all")
+    time_scale: float = Field(default=1.0, gt=0.0, le=1e6, description="arrival times are multiplied by this")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of prompts of which only the length is given")
 
 
 class NamedSettings(ServedSettings):
     """A published workload, token for token."""
 
-    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of lengths and prompts; 0 is the published one")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of lengths and prompts; 0 is the published one")
 
 
 def parse_axis(value: Any) -> tuple[int, ...]:
@@ -124,9 +130,11 @@ Axis = Annotated[Any, AfterValidator(parse_axis)]
 class GridSettings(Settings):
     """llmkit against `transformers.generate`, one prompt after the other, over prompt length x batch x output."""
 
-    prompt_len: Axis = Field((8, 32, 64, 128), description="prompt lengths, tokens")
-    batch_size: Axis = Field((1, 4, 8), description="prompts submitted at once")
-    max_tokens: Axis = Field((16, 32, 64), description="output lengths, tokens")
-    repeats: int = Field(3, ge=1, le=100, description="measurements of each cell, arms interleaved; the median counts")
-    time_limit: float = Field(150.0, gt=0.0, description="seconds; no further repeat starts that would pass it")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the prompts")
+    prompt_len: Axis = Field(default=(8, 32, 64, 128), description="prompt lengths, tokens")
+    batch_size: Axis = Field(default=(1, 4, 8), description="prompts submitted at once")
+    max_tokens: Axis = Field(default=(16, 32, 64), description="output lengths, tokens")
+    repeats: int = Field(
+        default=3, ge=1, le=100, description="measurements of each cell, arms interleaved; the median counts"
+    )
+    time_limit: float = Field(default=150.0, gt=0.0, description="seconds; no further repeat starts that would pass it")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of the prompts")

@@ -24,15 +24,15 @@ class TraceRow(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    arrival_time: float = Field(0.0, ge=0.0, le=MAX_SECONDS)
-    prompt_token_ids: list[int] | None = Field(None, max_length=MAX_LEN)
+    arrival_time: float = Field(default=0.0, ge=0.0, le=MAX_SECONDS)
+    prompt_token_ids: list[int] | None = Field(default=None, max_length=MAX_LEN)
     prompt: str | None = None
-    prompt_len: int | None = Field(None, ge=1, le=MAX_LEN)
+    prompt_len: int | None = Field(default=None, ge=1, le=MAX_LEN)
     max_tokens: int = Field(ge=1, le=1 << 20)
-    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31)
-    tenant: str = Field("", max_length=256)
-    deadline: float | None = Field(None, ge=0.0, le=MAX_SECONDS)
-    length_hint: int | None = Field(None, ge=1, le=MAX_LEN)
+    priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
+    tenant: str = Field(default="", max_length=256)
+    deadline: float | None = Field(default=None, ge=0.0, le=MAX_SECONDS)
+    length_hint: int | None = Field(default=None, ge=1, le=MAX_LEN)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> TraceRow:

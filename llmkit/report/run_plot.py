@@ -1,0 +1,64 @@
+"""The picture of a served run: queues, KV blocks and batch over time, and how latencies are distributed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmkit.metrics.recorder import MetricsRecorder
+from llmkit.report.style import COLOURS, new_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def run_picture(recorder: MetricsRecorder) -> bytes:
+    """A PNG: four panels; empty ones say so."""
+    figure, axes = new_figure(2, 2, (11.0, 6.5))
+    start = recorder.started_at
+    times = [step.landed_at - start for step in recorder.steps]
+    steps = recorder.steps
+    queues = {"running": [s.num_running for s in steps], "waiting": [s.num_waiting for s in steps]}
+    _over_time(axes[0, 0], times, queues, "requests")
+    _over_time(axes[0, 1], times, {"blocks in use": [step.num_used_blocks for step in steps]}, "KV blocks")
+    _over_time(axes[1, 0], times, {"tokens": [step.num_tokens for step in steps]}, "tokens in the step")
+    _distributions(axes[1, 1], recorder)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _over_time(axes: Axes, times: Sequence[float], series: dict[str, list[int]], label: str) -> None:
+    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+        axes.step(times, values, where="pre", color=colour, label=name, linewidth=1.2)
+    axes.set_xlabel("time since the start, s")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    if len(series) > 1 and times:
+        axes.legend(frameon=False)
+    tidy(axes, is_empty=not times)
+
+
+def _distributions(axes: Axes, recorder: MetricsRecorder) -> None:
+    """Share of requests (for ITL: of gaps) at or below each latency."""
+    completed = [record for record in recorder.requests.values() if record.is_completed]
+    pools: dict[str, list[float | None]] = {
+        "TTFT": [record.ttft for record in completed],
+        "ITL": [gap for record in completed for gap in record.itl],
+        "end to end": [record.e2el for record in completed],
+    }
+    drawn = False
+    for colour, (name, pool) in zip(COLOURS, pools.items(), strict=False):
+        values = sorted(value * 1e3 for value in pool if value)
+        if values:
+            drawn = True
+            shares = [100 * (rank + 1) / len(values) for rank in range(len(values))]
+            axes.step(values, shares, where="post", color=colour, label=name, linewidth=1.2)
+    if drawn:
+        axes.set_xscale("log")
+        axes.legend(frameon=False, loc="lower right")
+    axes.set_xlabel("latency, ms (log scale)")
+    axes.set_ylabel("share at or below, %")
+    axes.set_ylim(0, 100)
+    tidy(axes, is_empty=not drawn)

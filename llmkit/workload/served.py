@@ -1,0 +1,138 @@
+"""Workloads that are played against the engine: build the requests, play them, write and show what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from llmkit.metrics.environment import environment
+from llmkit.metrics.recorder import MetricsRecorder
+from llmkit.metrics.summary import GoodputLimits, summarise
+from llmkit.report.folder import write_run
+from llmkit.report.progress import Progress
+from llmkit.report.summary_table import print_summary
+from llmkit.workload.driver import Played, run_workload
+from llmkit.workload.named import WORKLOADS
+from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome, Target
+from llmkit.workload.requests import TimedRequest, check_fits
+from llmkit.workload.settings import (
+    BatchSettings,
+    GammaSettings,
+    NamedSettings,
+    PoissonSettings,
+    ServedSettings,
+    TraceSettings,
+)
+from llmkit.workload.synthesis import synthesise
+from llmkit.workload.trace import read_trace
+
+Build = Callable[[ModelBounds], list[TimedRequest]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWorkload:
+    """Timed requests for one model, and how to measure them. `is_checked`: refuse to run if a request cannot fit."""
+
+    name: str
+    settings: ServedSettings
+    make: Build
+    is_checked: bool = True
+
+    def build(self, bounds: ModelBounds) -> list[TimedRequest]:
+        """The requests, in order of arrival; ConfigError if they cannot be made or, when checked, cannot fit."""
+        requests = self.make(bounds)
+        if self.is_checked:
+            check_fits(self.name, requests, bounds)
+        return requests
+
+    def run(self, target: Target, context: RunContext) -> RunOutcome:
+        """See `Workload.run`. A fault of the engine is raised after what was measured so far is written."""
+        limits = target.engine.limits
+        requests = self.build(ModelBounds(limits.vocab_size, limits.max_model_len, target.encode))
+        sampling = context.sampling.model_copy(update={"ignore_eos": self.settings.ignore_eos})
+        recorder, played = MetricsRecorder(), Played(interrupted=True)
+        try:
+            with Progress(self.name, sum(request.max_tokens for request in requests), "tokens") as progress:
+                played = run_workload(target, requests, sampling, recorder, progress, context.seed)
+        finally:
+            result = self._result(context, recorder, played, len(requests))
+            files = write_run(context.run_dir, result, recorder, context.config_text)
+        console = context.console or Console()
+        print_summary(console, result["title"], result)
+        for refusal in sorted(set(played.refusals.values()))[:3]:
+            console.print(f"refused: {refusal}", style="red", highlight=False, markup=False)
+        return RunOutcome(result, tuple(files), played.interrupted)
+
+    def _result(
+        self, context: RunContext, recorder: MetricsRecorder, played: Played, num_prompts: int
+    ) -> dict[str, Any]:
+        settings = self.settings
+        goodput = GoodputLimits(settings.goodput_ttft_ms, settings.goodput_tpot_ms, settings.goodput_e2el_ms)
+        rate = getattr(settings, "rate", math.inf)
+        return {
+            **summarise(recorder, goodput, context.device, played.interrupted),
+            "num_prompts": num_prompts,
+            "title": title(self.name, context.labels),
+            "backend": "llmkit",
+            "model_id": context.labels.get("model"),
+            "request_rate": rate if math.isfinite(rate) else "inf",
+            "burstiness": getattr(settings, "burstiness", 1.0),
+            **provenance(self.name, settings, context),
+        }
+
+
+def title(workload: str, labels: Mapping[str, str]) -> str:
+    """Such as "poisson: model=embedded scheduler=continuous"."""
+    return f"{workload}: " + " ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def provenance(name: str, settings: Any, context: RunContext) -> dict[str, Any]:
+    """What was run and where, for `result.json`."""
+    return {
+        "workload": {"name": name, **json.loads(settings.model_dump_json())},
+        "labels": dict(context.labels),
+        "sampling": context.sampling.model_dump(mode="json", exclude_defaults=True),
+        "environment": {
+            **environment(context.device),
+            "dtype": context.dtype,
+            "seed": context.seed,
+            "overrides": list(context.overrides),
+        },
+    }
+
+
+def batch(settings: BatchSettings) -> ServedWorkload:
+    """All requests at once."""
+    return ServedWorkload("batch", settings, lambda bounds: synthesise(settings, math.inf, 1.0, bounds))
+
+
+def poisson(settings: PoissonSettings) -> ServedWorkload:
+    """Poisson arrivals."""
+    return ServedWorkload("poisson", settings, lambda bounds: synthesise(settings, settings.rate, 1.0, bounds))
+
+
+def gamma(settings: GammaSettings) -> ServedWorkload:
+    """Gamma inter-arrival times."""
+    return ServedWorkload(
+        "gamma", settings, lambda bounds: synthesise(settings, settings.rate, settings.burstiness, bounds)
+    )
+
+
+def trace(settings: TraceSettings) -> ServedWorkload:
+    """A recorded trace: what the engine refuses counts as failed."""
+    return ServedWorkload("trace", settings, lambda bounds: read_trace(settings, bounds), is_checked=False)
+
+
+def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
+    def factory(settings: NamedSettings) -> ServedWorkload:
+        return ServedWorkload(name, settings, lambda bounds: WORKLOADS[name](settings.seed))
+
+    return factory
+
+
+nano256, single, batch64, mixed512, prefill = map(_named, ("nano256", "single", "batch64", "mixed512", "prefill"))
