@@ -80,11 +80,16 @@ def regularise(model: LlamaForCausalLM, dropout: float) -> None:
             branch.register_forward_hook(drop)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are native, and so worth it."""
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def loss_of(model: LlamaForCausalLM, device: torch.device) -> Loss:
     """Mean next-token loss, in nats, over windows `[batch, length + 1]` of token ids."""
 
     def loss(windows: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             logits = model(input_ids=windows[:, :-1], use_cache=False).logits
         return functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
@@ -105,22 +110,27 @@ def held_out_loss(model: LlamaForCausalLM, loss: Loss, tokens: Tensor, length: i
 def optimise(
     model: LlamaForCausalLM, train: Tensor, held_out: Tensor, options: argparse.Namespace, device: torch.device
 ) -> Outcome:
-    """AdamW over random windows of `train` until a limit is reached; measures and remembers the best on the way."""
+    """Random windows of `train` until a limit is reached; measures and remembers the best on the way.
+
+    One step in eight takes a quarter of the windows at four times the length, so that far positions are learnt too.
+    """
     outcome, loss = Outcome(), loss_of(model, device)
     compiled: Loss = torch.compile(loss) if device.type == "cuda" else loss
-    optimizer = _adamw(model, options, device)
-    span = torch.arange(options.length + 1, device=device)
-    last, progress = len(train) - options.length - 1, 0.0
+    optimizers = _optimizers(model, options, device)
+    span = torch.arange(4 * options.length + 1, device=device)
+    last, progress = len(train) - len(span), 0.0
     started = time.perf_counter()
     while progress < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(progress, options.lr)
-        starts = torch.randint(last, (options.batch, 1), device=device)
-        value = compiled(train[starts + span].long())
+        is_long = outcome.steps % 8 == 7 and options.batch >= 4
+        starts = torch.randint(last, (options.batch // 4 if is_long else options.batch, 1), device=device)
+        value = compiled(train[starts + (span if is_long else span[: options.length + 1])].long())
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(progress, peak)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         outcome.steps += 1
         if outcome.steps == 1:
             value.item()
@@ -132,11 +142,19 @@ def optimise(
     return outcome
 
 
-def _adamw(model: LlamaForCausalLM, options: argparse.Namespace, device: torch.device) -> torch.optim.AdamW:
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+def _optimizers(
+    model: LlamaForCausalLM, options: argparse.Namespace, device: torch.device
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings and gains; each with its peak rate."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() > 1]
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": options.decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    rest: list[dict[str, Any]] = [
+        {"params": [model.model.embed_tokens.weight], "weight_decay": options.decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(matrices, lr=options.muon_lr, momentum=0.95, weight_decay=options.decay)
+    adamw = torch.optim.AdamW(rest, lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return [(muon, options.muon_lr), (adamw, options.lr)]
 
 
 def _measure(outcome: Outcome, model: LlamaForCausalLM, train_loss: float, held_out: float) -> None:
@@ -223,8 +241,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=math.inf, help="time limit, compilation not counted")
     add("--steps", type=float, default=math.inf, help="step limit")
     add("--batch", type=int, default=32, help="windows in a step")
-    add("--length", type=int, default=2048, help="tokens in a window")
-    add("--lr", type=float, default=3e-3, help="peak learning rate")
+    add("--length", type=int, default=512, help="tokens in a window; every eighth step has windows four times as long")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW (embeddings, gains)")
+    add("--muon-lr", type=float, default=2e-2, help="peak learning rate of Muon (all other matrices)")
     add("--decay", type=float, default=0.1, help="weight decay of the matrices")
     add("--dropout", type=float, default=0.0, help="share of each block's output dropped in training")
     add("--copies", type=int, default=4, help="differently cut encodings of the corpus")

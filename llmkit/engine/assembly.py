@@ -1,0 +1,82 @@
+"""Puts an engine together from a loaded model and chosen components; every mismatch is refused here, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pluggy
+import torch
+
+from llmkit.engine.engine import Engine
+from llmkit.engine.executor import TorchExecutor
+from llmkit.engine.inputs import InputBuilder
+from llmkit.engine.limits import EngineLimits
+from llmkit.engine.memory import choose_num_blocks, free_bytes
+from llmkit.engine.planner import Planner
+from llmkit.errors import ConfigError
+from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
+from llmkit.interfaces.cache import CacheAllocator, CacheSpec
+from llmkit.interfaces.clock import Clock, MonotonicClock
+from llmkit.interfaces.scheduler import Scheduler
+from llmkit.engine.settings import EngineSettings
+from llmkit.model.loading import LoadedModel
+from llmkit.model.network import build_network
+from llmkit.model.sampling import Sampler
+
+
+def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirements:
+    """What `model` on its device asks of an attention backend."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return AttentionRequirements(model.device.type, dtype, block_size, tuple(model.architecture.layers.values()))
+
+
+def build_backend(
+    name: str, backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int
+) -> AttentionBackend:
+    """Instantiate a backend, or ConfigError with every reason why it cannot serve this model."""
+    requirements = requirements_of(model, block_size)
+    reasons = backend.check(requirements)
+    if reasons:
+        raise ConfigError(f"attention {name!r} cannot run model {model.name!r}: {'; '.join(reasons)}")
+    return backend(settings, requirements, model.dtype, model.device)
+
+
+def build_engine(
+    model: LoadedModel,
+    scheduler: Scheduler,
+    cache: tuple[type[CacheAllocator], Any],
+    backend: AttentionBackend,
+    settings: EngineSettings,
+    hooks: pluggy.HookRelay | None = None,
+    clock: Clock | None = None,
+) -> Engine:
+    """Size the cache, build network, sampler and executor, and connect them. `cache`: allocator class and settings."""
+    max_num_seqs, block_size = scheduler.settings.max_num_seqs, settings.block_size
+    reach = model.architecture.max_model_len
+    if settings.max_model_len is not None:
+        if settings.max_model_len > reach:
+            raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
+        reach = settings.max_model_len
+    num_blocks = _num_blocks(model, backend, settings, max_num_seqs * -(-reach // block_size))
+    spec = CacheSpec(num_blocks, block_size)
+    max_model_len = min(reach, spec.num_slots)
+    backend.allocate(num_blocks)
+    eos, device, vocab_size = model.eos_token_ids, model.device, model.architecture.vocab_size
+    executor = TorchExecutor(
+        build_network(model, backend, max_model_len, settings.fused),
+        backend,
+        Sampler(vocab_size, max_num_seqs, device, eos),
+        InputBuilder(max_num_seqs, max_model_len, block_size),
+        torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.long, device=device),
+    )
+    bound_by = "the cache" if max_model_len < reach else "the model"
+    limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
+    depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
+    allocator = cache[0](cache[1], spec)
+    return Engine(Planner(scheduler, allocator), executor, limits, clock or MonotonicClock(), hooks, depth)
+
+
+def _num_blocks(model: LoadedModel, backend: AttentionBackend, settings: EngineSettings, useful: int) -> int:
+    free = free_bytes(model.device, settings.gpu_memory_utilization)
+    budget = free if model.device.type == "cuda" else int(settings.cpu_cache_gib * 2**30)
+    return choose_num_blocks(settings.num_blocks, useful, backend.bytes_per_block(), budget, free)

@@ -1,0 +1,136 @@
+"""Runs plans on a model: packs inputs, one forward pass for all rows, samples, and keeps every token on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmkit.engine.inputs import InputBuilder, PackedInputs
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
+from llmkit.model.network import Network
+from llmkit.model.sampling import Sampled, Sampler
+from llmkit.types import Admission, StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step on the device; `wait` reads it back."""
+
+    step_id: int
+    num_rows: int
+    sampling_rows: tuple[int, ...]
+    sampled: Sampled | None
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+
+    def wait(self) -> StepResult:
+        token_ids = [-1] * self.num_rows
+        if self.sampled is None:
+            return StepResult(self.step_id, token_ids, prompt_logprobs=self.prompt_logprobs)
+        rows = self.sampling_rows
+        for row, token_id in zip(rows, self.sampled.token_ids.tolist(), strict=True):
+            token_ids[row] = token_id
+        logprobs = {rows[index]: entry for index, entry in self.sampled.logprobs.items()}
+        errors = {rows[index]: message for index, message in self.sampled.errors.items()}
+        return StepResult(self.step_id, token_ids, logprobs, self.prompt_logprobs, errors)
+
+
+class TorchExecutor:
+    """Implements `Executor`. The token table [max_num_seqs, max_model_len] holds prompts and sampled tokens by slot,
+    so a step's input ids are read on the device and the next step can be launched before the host knows them."""
+
+    def __init__(
+        self,
+        network: Network,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        inputs: InputBuilder,
+        tokens: torch.Tensor,
+    ) -> None:
+        self.network = network
+        self.backend = backend
+        self.sampler = sampler
+        self.inputs = inputs
+        self.tokens = tokens
+        self._admissions: dict[int, Admission] = {}
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> _Launched:
+        """Enqueue a step. Nothing here waits for the device."""
+        for admission in plan.admissions:
+            self._admit(admission)
+        packed = self.inputs.build(plan)
+        device = self.tokens.device
+        token_slots, positions = _to(packed.token_slots, device), _to(packed.positions, device)
+        self.backend.plan(self._batch(packed, positions))
+        prompt_rows = self._prompt_logprob_rows(plan)
+        wanted = [packed.logit_tokens, *(np.arange(first, first + n) for _, first, n in prompt_rows)]
+        rows = np.concatenate(wanted)
+        if not len(rows):
+            rows = packed.query_start_loc[1:2].astype(np.int64) - 1
+        logits = self.network(self.tokens[token_slots, positions], positions, _to(rows, device))
+        num_sampling = len(packed.sampling_rows)
+        sampled = self._sample(logits[:num_sampling], plan, packed) if num_sampling else None
+        prompt_logprobs = self._prompt_logprobs(logits[num_sampling:], plan, prompt_rows)
+        return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
+
+    def _admit(self, admission: Admission) -> None:
+        slot, token_ids = admission.slot, admission.token_ids
+        self._admissions[slot] = admission
+        self.tokens[slot, : len(token_ids)] = torch.tensor(token_ids, device=self.tokens.device)
+        self.sampler.set_slot(slot, admission.sampling_params, admission.seed, admission.num_prompt_tokens)
+
+    def _batch(self, packed: PackedInputs, positions: torch.Tensor) -> AttentionBatch:
+        device = self.tokens.device
+        return AttentionBatch(
+            query_start_loc=_to(packed.query_start_loc, device),
+            seq_lens=_to(packed.seq_lens, device),
+            positions=positions,
+            block_table=_to(packed.block_table, device),
+            slot_mapping=_to(packed.slot_mapping, device),
+            max_query_len=max(packed.query_lens),
+            max_seq_len=int(packed.seq_lens.max()),
+            query_lens=packed.query_lens,
+            host_seq_lens=tuple(packed.seq_lens.tolist()),
+        )
+
+    def _sample(self, logits: torch.Tensor, plan: StepPlan, packed: PackedInputs) -> Sampled:
+        """Choose tokens and write them behind the sequences they belong to."""
+        rows = [plan.scheduled[index] for index in packed.sampling_rows]
+        slots = [row.slot for row in rows]
+        ends = [row.start + row.num_tokens for row in rows]
+        sampled = self.sampler.sample(logits, slots, ends, self.tokens)
+        device = self.tokens.device
+        self.tokens[torch.tensor(slots, device=device), torch.tensor(ends, device=device)] = sampled.token_ids
+        return sampled
+
+    def _prompt_logprob_rows(self, plan: StepPlan) -> list[tuple[int, int, int]]:
+        """(row, first packed token, number of tokens) of rows whose prompt's log-probabilities were asked for."""
+        wanted, first = [], 0
+        for index, row in enumerate(plan.scheduled):
+            admission = self._admissions[row.slot]
+            if admission.sampling_params.prompt_logprobs is not None:
+                num = min(row.start + row.num_tokens, admission.num_prompt_tokens - 1) - row.start
+                if num > 0:
+                    wanted.append((index, first, num))
+            first += row.num_tokens
+        return wanted
+
+    def _prompt_logprobs(
+        self, logits: torch.Tensor, plan: StepPlan, rows: list[tuple[int, int, int]]
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        out, done = {}, 0
+        for index, _, num in rows:
+            row = plan.scheduled[index]
+            targets = self.tokens[row.slot, row.start + 1 : row.start + 1 + num]
+            top = self._admissions[row.slot].sampling_params.prompt_logprobs or 0
+            out[index] = self.sampler.prompt_logprobs(logits[done : done + num], targets, top)
+            done += num
+        return out
+
+
+def _to(array: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

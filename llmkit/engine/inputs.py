@@ -1,0 +1,70 @@
+"""From a step's plan to packed arrays: who runs, where they read and write. Host side, numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.types import StepPlan
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInputs:
+    """Arrays of one step: R rows, N packed tokens, S sampling rows.
+
+    `token_slots` and `positions` int64 [N] say where each input token stands in the token table; `slot_mapping` int64 [N]
+    where its KV goes; `logit_tokens` [S] which packed tokens choose a next one.
+    """
+
+    row_slots: Ints
+    query_start_loc: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    block_table: NDArray[np.int32]
+    token_slots: Ints
+    positions: Ints
+    slot_mapping: Ints
+    logit_tokens: Ints
+    sampling_rows: tuple[int, ...]
+    query_lens: tuple[int, ...]
+
+
+class InputBuilder:
+    """Keeps the block tables of all slots and packs plans; work is proportional to the step's tokens."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+
+    def build(self, plan: StepPlan) -> PackedInputs:
+        """Apply the plan's block-table edits, then pack its rows."""
+        for slot, start, blocks in plan.edits:
+            self.block_tables[slot, start : start + len(blocks)] = blocks
+        rows = plan.scheduled
+        query_lens = tuple([row.num_tokens for row in rows])
+        slots = np.array([row.slot for row in rows], dtype=np.int64)
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        lens = np.array(query_lens, dtype=np.int64)
+        ends = np.cumsum(lens)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - lens, lens)
+        positions = np.repeat(starts, lens) + offsets
+        token_slots = np.repeat(slots, lens)
+        blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
+        seq_lens = (starts + lens).astype(np.int32)
+        num_blocks = -(-int(seq_lens.max()) // self.block_size)
+        sampling_rows = tuple([index for index, row in enumerate(rows) if row.samples])
+        return PackedInputs(
+            row_slots=slots,
+            query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
+            seq_lens=seq_lens,
+            block_table=self.block_tables[slots, :num_blocks],
+            token_slots=token_slots,
+            positions=positions,
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            logit_tokens=ends[list(sampling_rows)] - 1,
+            sampling_rows=sampling_rows,
+            query_lens=query_lens,
+        )

@@ -1,0 +1,114 @@
+"""Whether the fused network of a model computes what the original modules compute. Run once, at load.
+
+Every layer is compared in float32 on random hidden states, on what it adds to them; then the whole network, in the
+model's dtype, on random tokens. Anything that does not match keeps transformers' own layers, with the reason.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llmkit.interfaces.attention import LayerSpec
+from llmkit.model.fused import FusedDecoder, FusedLayer, rotary_table
+from llmkit.model.loading import LoadedModel
+from llmkit.model.routing import Route, routed
+
+NUM_TOKENS = 24
+LAYER_TOLERANCE = 1e-4
+NETWORK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Transformers' norms round through float32 even in float64 models, so float64 agrees no better than that."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
+
+
+def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDecoder | None, str]:
+    """The fused decoder of `model` if it matches and agrees, else None and why not."""
+    reason = _mismatch(model)
+    if reason:
+        return None, reason
+    with torch.inference_mode():
+        try:
+            reason = _certify_layers(model, max_model_len)
+            if reason:
+                return None, reason
+            decoder = FusedDecoder(model, max_model_len)
+            error = _network_error(model, decoder, max_model_len)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as fault:
+            return None, f"structure: {str(fault).partition(chr(10))[0]}"
+    if not error <= NETWORK_TOLERANCE[model.dtype]:
+        return None, f"logits differ by {error:.1e} of their norm from the original modules"
+    return decoder, ""
+
+
+def _mismatch(model: LoadedModel) -> str:
+    decoder: Any = getattr(model.module, "model", None)
+    for name in ("embed_tokens", "layers", "norm", "rotary_emb"):
+        if not hasattr(decoder, name):
+            return f"no model.{name}"
+    for path in PARTS:
+        outer, inner = path.split(".")
+        if not hasattr(getattr(decoder.layers[0], outer, None), inner):
+            return f"layers have no {path}"
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        return f"rotary embedding of type {rope.get('rope_type')!r}"
+    return ""
+
+
+def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
+    decoder: Any = model.module.model
+    positions = _positions(max_model_len, model.device)
+    hidden_size = decoder.embed_tokens.weight.shape[1]
+    hidden = torch.randn(len(positions), hidden_size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    cos, sin = decoder.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0))
+    table = rotary_table(decoder.rotary_emb, positions, hidden)
+    for index, (layer, spec) in enumerate(zip(decoder.layers, model.architecture.layers.values(), strict=True)):
+        single = deepcopy(layer).float()
+        with routed({single.self_attn: _dense_route(spec)}):
+            out = single(hidden.unsqueeze(0), position_ids=positions.unsqueeze(0), position_embeddings=(cos, sin))
+        original = (out[0] if isinstance(out, tuple) else out).view_as(hidden) - hidden
+        fused = FusedLayer(single, spec)(hidden, *table, lambda q, k, v, spec=spec: _dense(spec, q, k, v)) - hidden
+        error = float((fused - original).norm() / original.norm())
+        if not error <= LAYER_TOLERANCE:
+            return f"layer {index} differs by {error:.1e} of its update from the original"
+    return ""
+
+
+def _network_error(model: LoadedModel, decoder: FusedDecoder, max_model_len: int) -> float:
+    """Relative distance of fused and original logits on random tokens."""
+    positions = _positions(max_model_len, model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.architecture.vocab_size, positions.shape, generator=generator).to(model.device)
+    rows = torch.arange(len(ids), device=model.device)
+    specs = list(model.architecture.layers.values())
+    modules = dict(model.module.named_modules())
+    with routed({modules[name]: _dense_route(spec) for name, spec in model.architecture.layers.items()}):
+        out = model.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+    original = out.logits[0].double()
+    fused = decoder.forward(ids, positions, rows, lambda layer, q, k, v: _dense(specs[layer], q, k, v))
+    return float((fused - original).norm() / original.norm())
+
+
+def _positions(max_model_len: int, device: torch.device) -> torch.Tensor:
+    """Increasing positions spread over the whole range."""
+    num = min(NUM_TOKENS, max_model_len)
+    return torch.arange(num, device=device) * (max_model_len // num)
+
+
+def _dense_route(spec: LayerSpec) -> Route:
+    def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> torch.Tensor:
+        return _dense(spec, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
+
+    return route
+
+
+def _dense(spec: LayerSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention among the tokens themselves; the same for both sides, so window and softcap do not matter."""
+    groups = spec.num_heads // spec.num_kv_heads
+    key, value = (t.repeat_interleave(groups, dim=1).transpose(0, 1) for t in (key, value))
+    out = F.scaled_dot_product_attention(query.transpose(0, 1), key, value, is_causal=True, scale=spec.scale)
+    return out.transpose(0, 1).contiguous()

@@ -1,0 +1,100 @@
+"""Fused layers for Llama-shaped decoders: fewer, larger operations, equal numbers.
+
+Merged q/k/v and gate/up projections, one-call RMSNorm, rotary embedding from a table. A model matches by the structure
+of its modules, not by its name, and `llmkit.model.certify` compares it with the original at load. The merged weights
+replace the originals' storage (views), so nothing is held twice and the transformers model stays usable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llmkit.interfaces.attention import LayerSpec
+from llmkit.model.loading import LoadedModel
+
+
+class FusedLayer:
+    """One pre-norm decoder layer: RMSNorm, attention with rotary embedding, RMSNorm, gated MLP."""
+
+    def __init__(self, layer: Any, spec: LayerSpec) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.spec = spec
+        self.input_norm = _norm(layer.input_layernorm)
+        self.post_norm = _norm(layer.post_attention_layernorm)
+        self.q_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = _norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.qkv, self.qkv_bias = _merge([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up, self.gate_up_bias = _merge([mlp.gate_proj, mlp.up_proj])
+        self.out = attention.o_proj
+        self.down = mlp.down_proj
+        self.activation = mlp.act_fn
+
+    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Any) -> torch.Tensor:
+        """`hidden` [N, hidden_size]; `cos`, `sin` [N, 1, head_dim] with the sign of the rotation folded into `sin`."""
+        spec = self.spec
+        num_rotated = spec.num_heads + spec.num_kv_heads
+        qkv = F.linear(_rms(hidden, self.input_norm), self.qkv, self.qkv_bias)
+        heads = qkv.view(hidden.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
+        rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
+        if self.q_norm is not None and self.k_norm is not None:
+            query = _rms(rotated[:, : spec.num_heads], self.q_norm)
+            rotated = torch.cat([query, _rms(rotated[:, spec.num_heads :], self.k_norm)], dim=1)
+        rotated = torch.addcmul(rotated * cos, rotated.roll(spec.head_dim // 2, -1), sin)
+        context = attend(rotated[:, : spec.num_heads], rotated[:, spec.num_heads :], value)
+        hidden = hidden + F.linear(context.view(hidden.shape[0], -1), self.out.weight, self.out.bias)
+        gate_up = F.linear(_rms(hidden, self.post_norm), self.gate_up, self.gate_up_bias)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return hidden + F.linear(self.activation(gate) * up, self.down.weight, self.down.bias)
+
+
+class FusedDecoder:
+    """A whole causal LM of fused layers."""
+
+    def __init__(self, model: LoadedModel, max_model_len: int) -> None:
+        decoder: Any = model.module.model
+        specs = list(model.architecture.layers.values())
+        self._embed = decoder.embed_tokens
+        self._head: Any = model.module.lm_head
+        self._norm = _norm(decoder.norm)
+        positions = torch.arange(max_model_len, device=model.device)
+        self._cos, self._sin = rotary_table(decoder.rotary_emb, positions, self._embed.weight)
+        self.layers = [FusedLayer(layer, spec) for layer, spec in zip(decoder.layers, specs, strict=True)]
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Any) -> torch.Tensor:
+        """`attend(layer, query, key, value)` as in `AttentionBackend.forward`."""
+        hidden = F.embedding(input_ids, self._embed.weight)
+        cos, sin = self._cos[positions], self._sin[positions]
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+        hidden = _rms(hidden[rows], self._norm)
+        return F.linear(hidden, self._head.weight, self._head.bias)
+
+
+def rotary_table(rotary: Any, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sign-folded sines [N, 1, head_dim] of `positions` [N], in the dtype of `like`."""
+    cos, sin = rotary(like[:1].unsqueeze(0), positions.unsqueeze(0))
+    half = cos.shape[-1] // 2
+    signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+    return cos[0].unsqueeze(1).contiguous(), signed.unsqueeze(1).contiguous()
+
+
+def _norm(module: Any) -> tuple[torch.Tensor, float]:
+    return module.weight, float(module.variance_epsilon)
+
+
+def _rms(x: torch.Tensor, norm: tuple[torch.Tensor, float]) -> torch.Tensor:
+    return F.rms_norm(x, norm[0].shape, norm[0], norm[1])
+
+
+def _merge(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stack the weights of linear layers and make the originals views of the stack."""
+    weight = torch.cat([p.weight for p in projections])
+    parts = weight.split([p.weight.shape[0] for p in projections])
+    for projection, part in zip(projections, parts, strict=True):
+        projection.weight = torch.nn.Parameter(part, requires_grad=False)
+    if projections[0].bias is None:
+        return weight, None
+    return weight, torch.cat([p.bias for p in projections])

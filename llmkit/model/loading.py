@@ -1,0 +1,153 @@
+"""From a model's description to modules on a device, with every mistake told in one line."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from llmkit.errors import CapacityError, ModelError
+from llmkit.model.architecture import Architecture, inspect_architecture
+from llmkit.model.routing import IMPLEMENTATION
+from llmkit.model.spec import ModelSpec
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A transformers causal LM in eval mode, its tokenizer if there is one, and what it asks of the engine."""
+
+    name: str
+    config: PretrainedConfig
+    module: torch.nn.Module
+    architecture: Architecture
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    dtype: torch.dtype
+    device: torch.device
+    fused: dict[int, Any] = field(default_factory=dict)
+
+    def as_transformers(self) -> Any:
+        """A plain transformers model over the same weights, with torch's SDPA attention and its own KV cache."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        module: Any = deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
+        module.set_attn_implementation("sdpa")
+        return module
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The transformers config of `spec`, without touching weights."""
+    if spec.path is None:
+        fields = dict(spec.config)
+        try:
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        except Exception as error:
+            raise ModelError(f"model {spec.name!r}: bad config: {_line(error)}") from error
+    try:
+        return AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
+    except Exception as error:
+        hint = "" if Path(spec.path).exists() else " (no such folder, and not a reachable hub id)"
+        raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {_line(error)}") from error
+
+
+def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively."""
+    config = load_config(spec)
+    architecture = inspect_architecture(config)
+    dtype = dtype or native_dtype(device)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        module = _random(config, dtype, device, spec) if spec.path is None else _checkpoint(spec, dtype, device)
+    except torch.OutOfMemoryError as error:
+        size = spec_bytes(architecture, config, dtype) / 2**30
+        raise CapacityError(f"model {spec.name!r} needs about {size:.1f} GiB on {device}: {_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    module.eval().requires_grad_(False)
+    tokenizer = _tokenizer(spec)
+    return LoadedModel(spec.name, config, module, architecture, tokenizer, _eos(module, config), dtype, device)
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if has_bf16 is not None and has_bf16() else torch.float32
+
+
+def spec_bytes(architecture: Architecture, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights of `config` in `dtype`."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+
+
+def _random(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, spec: ModelSpec) -> torch.nn.Module:
+    """Seeded random weights, the same on every run on the same kind of device; the global RNG is left alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(spec.seed)
+        module: torch.nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION
+        )
+    return module
+
+
+def _checkpoint(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    assert spec.path is not None
+    folder = Path(spec.path)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLE_SUFFIXES]
+        if pickles:
+            raise ModelError(f"{spec.path}: only pickle weights ({pickles[0]}); llmkit loads safetensors only")
+        raise ModelError(f"{spec.path}: no *.safetensors file in this folder")
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load weights from {spec.path!r}: {_line(error)}") from error
+    bad = [*report["missing_keys"], *report["mismatched_keys"]]
+    if bad:
+        raise ModelError(f"cannot load weights from {spec.path!r}: {len(bad)} missing or misshapen, first {bad[0]}")
+    module = module.to(device)
+    assert isinstance(module, torch.nn.Module)
+    return module
+
+
+def _tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer beside the weights, or None: such a model takes token ids only."""
+    if spec.path is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    except Exception:
+        return None
+
+
+def _eos(module: torch.nn.Module, config: PretrainedConfig) -> frozenset[int]:
+    generation = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(config)
+    eos = generation.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list | tuple) else (eos,))
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

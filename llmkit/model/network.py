@@ -1,0 +1,72 @@
+"""One packed forward pass: token ids and positions in, logits of the chosen rows out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+from llmkit.interfaces.attention import AttentionBackend
+from llmkit.model.certify import certified_decoder
+from llmkit.model.fused import FusedDecoder
+from llmkit.model.loading import LoadedModel
+from llmkit.model.routing import Route, routed
+
+log = logging.getLogger(__name__)
+
+
+class Network(Protocol):
+    """N packed tokens of any mix of sequences; the attention backend knows which is whose."""
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`input_ids`, `positions` int64 [N]; `rows` int64 [R] chooses tokens. Returns logits [R, vocab_size]."""
+        ...
+
+
+class GeneralNetwork:
+    """Any supported model through transformers' own modules; only their attention is ours."""
+
+    def __init__(self, model: LoadedModel, backend: AttentionBackend) -> None:
+        self._module = model.module
+        modules = dict(model.module.named_modules())
+        self._routes = {modules[name]: _route(backend, i) for i, name in enumerate(model.architecture.layers)}
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        with routed(self._routes):
+            out = self._module(
+                input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+
+def _route(backend: AttentionBackend, layer: int) -> Route:
+    def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> torch.Tensor:
+        return backend.forward(layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
+
+    return route
+
+
+class FusedNetwork:
+    """A Llama-shaped model through fused layers."""
+
+    def __init__(self, decoder: FusedDecoder, backend: AttentionBackend) -> None:
+        self._decoder = decoder
+        self._attend = backend.forward
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._decoder.forward(input_ids, positions, rows, self._attend)
+
+
+def build_network(model: LoadedModel, backend: AttentionBackend, max_model_len: int, fused: bool = True) -> Network:
+    """The fused network where the model's structure matches and its numbers agree, the general one otherwise."""
+    if not fused:
+        return GeneralNetwork(model, backend)
+    if max_model_len not in model.fused:
+        model.fused[max_model_len] = certified_decoder(model, max_model_len)
+    decoder, reason = model.fused[max_model_len]
+    if decoder is None:
+        log.info("model %s runs transformers' own layers: %s", model.name, reason)
+        return GeneralNetwork(model, backend)
+    return FusedNetwork(decoder, backend)

@@ -1,0 +1,147 @@
+"""Paged attention through torch's `scaled_dot_product_attention`, on CPU and CUDA, for every block layout.
+
+Rows of a step are grouped by query length (all decodes are one group); each group gathers its blocks and attends in one
+batched call per layer. Query heads that share a KV head are packed beside each other as extra query rows, so keys and
+values are never repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(slots=True)
+class _Group:
+    """Rows attended together. Q is the longest query of the group, S the longest key sequence in whole blocks."""
+
+    query_index: torch.Tensor | None
+    out_index: torch.Tensor | None
+    out_select: torch.Tensor | None
+    block_index: torch.Tensor
+    num_rows: int
+    query_len: int
+    masks: dict[tuple[int | None, int], torch.Tensor]
+
+
+class SdpaAttention(AttentionBackend):
+    """Correct everywhere, fast on CPU; KV pool [num_blocks, block_size, num_kv_heads, head_dim] per layer."""
+
+    @classmethod
+    def check(cls, requirements: AttentionRequirements) -> list[str]:
+        reasons = [] if requirements.dtype in DTYPES else [f"dtype {requirements.dtype} is not one of {DTYPES}"]
+        return reasons + [
+            f"{layer.num_heads} query heads do not divide into {layer.num_kv_heads} KV heads"
+            for layer in set(requirements.layers)
+            if layer.num_heads % layer.num_kv_heads
+        ]
+
+    def bytes_per_block(self) -> int:
+        per_token = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.requirements.layers)
+        return per_token * self.requirements.block_size * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int) -> None:
+        block_size = self.requirements.block_size
+        self._pools = [
+            torch.zeros(
+                2, num_blocks, block_size * layer.num_kv_heads * layer.head_dim, dtype=self.dtype, device=self.device
+            )
+            for layer in self.requirements.layers
+        ]
+        self._mask_kinds = {(layer.window, layer.num_heads // layer.num_kv_heads) for layer in self.requirements.layers}
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._slots = batch.slot_mapping
+        self._groups = [self._plan_group(batch, rows) for rows in _group_rows(batch.query_lens)]
+
+    def _plan_group(self, batch: AttentionBatch, rows: list[int]) -> _Group:
+        device, block_size = self.device, self.requirements.block_size
+        query_len = max(batch.query_lens[row] for row in rows)
+        num_blocks = -(-max(batch.host_seq_lens[row] for row in rows) // block_size)
+        is_whole = len(rows) == len(batch.query_lens)
+        index = torch.tensor(rows, device=device)
+        block_table = (batch.block_table if is_whole else batch.block_table[index])[:, :num_blocks]
+        starts = batch.query_start_loc[:-1] if is_whole else batch.query_start_loc[:-1][index]
+        seq_lens = (batch.seq_lens if is_whole else batch.seq_lens[index]).long()
+        lens = (batch.query_start_loc[1:] if is_whole else batch.query_start_loc[1:][index]) - starts
+        offsets = torch.arange(query_len, device=device)
+        is_real = offsets < lens[:, None]
+        packed = torch.where(is_real, starts[:, None] + offsets, 0)
+        positions = torch.where(is_real, (seq_lens - lens)[:, None] + offsets, 0)
+        masks = {kind: self._mask(positions, num_blocks * block_size, *kind) for kind in self._mask_kinds}
+        is_plain = is_whole and query_len == 1
+        return _Group(
+            query_index=None if is_plain else packed.flatten(),
+            out_index=None if is_plain else packed[is_real],
+            out_select=None if is_plain else is_real.flatten(),
+            block_index=block_table.reshape(-1).long(),
+            num_rows=len(rows),
+            query_len=query_len,
+            masks=masks,
+        )
+
+    def _mask(self, positions: torch.Tensor, num_keys: int, window: int | None, ratio: int) -> torch.Tensor:
+        """Additive mask of packed queries [rows, 1, ratio * Q, num_keys], or 1 for ratio * Q if Q is 1.
+
+        Padding queries stand at position 0 and see key 0.
+        """
+        keys = torch.arange(num_keys, device=self.device)
+        visible = keys <= positions[:, :, None]
+        if window is not None:
+            visible &= keys > positions[:, :, None] - window
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return mask if positions.shape[1] == 1 else mask.repeat(1, 1, ratio, 1)
+
+    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        spec, pool = self.requirements.layers[layer], self._pools[layer]
+        shape = (-1, spec.num_kv_heads, spec.head_dim)
+        pool[0].view(shape).index_copy_(0, self._slots, key)
+        pool[1].view(shape).index_copy_(0, self._slots, value)
+        if len(self._groups) == 1 and self._groups[0].query_index is None:
+            return self._attend(spec, pool, self._groups[0], query).reshape(query.shape)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for group in self._groups:
+            context = self._attend(spec, pool, group, query if group.query_index is None else query[group.query_index])
+            out[group.out_index] = context.reshape(-1, *query.shape[1:])[group.out_select]
+        return out
+
+    def _attend(self, spec: LayerSpec, pool: torch.Tensor, group: _Group, query: torch.Tensor) -> torch.Tensor:
+        """`query` [rows * Q, H, D] -> [rows, Q, H, D]."""
+        rows, length, ratio = group.num_rows, group.query_len, spec.num_heads // spec.num_kv_heads
+        shape = (rows, -1, spec.num_kv_heads, spec.head_dim)
+        key = pool[0].index_select(0, group.block_index).view(shape).transpose(1, 2)
+        value = pool[1].index_select(0, group.block_index).view(shape).transpose(1, 2)
+        grouped = query.reshape(rows, length, spec.num_kv_heads, ratio, spec.head_dim)
+        packed = grouped.permute(0, 2, 3, 1, 4).reshape(rows, spec.num_kv_heads, ratio * length, spec.head_dim)
+        mask = group.masks[spec.window, ratio]
+        if spec.softcap is None:
+            context = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=spec.scale)
+        else:
+            context = _softcapped(packed, key, value, mask, spec.scale, spec.softcap)
+        unpacked = context.view(rows, spec.num_kv_heads, ratio, length, spec.head_dim)
+        return unpacked.permute(0, 3, 1, 2, 4).reshape(rows, length, spec.num_heads, spec.head_dim)
+
+
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """softmax(softcap * tanh(scale * q k / softcap)) v, the Gemma 2 form; the softmax in at least float32."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype), value)
+
+
+def _group_rows(query_lens: tuple[int, ...]) -> list[list[int]]:
+    """Rows by query length, in classes of powers of two, so that padding at most doubles the work."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(query_lens):
+        groups.setdefault((length - 1).bit_length(), []).append(row)
+    return list(groups.values())
