@@ -1,0 +1,23 @@
+"""The conformance kit: check a scheduler or a cache of your own against everything the engine relies on.
+
+`machine` additionally needs hypothesis and is imported by name: `from llmkit.testing.machine import cache_machine`.
+"""
+
+from llmkit.testing.caches import check_cache
+from llmkit.testing.chaos import Chaos
+from llmkit.testing.fake import FakeExecutor, next_token
+from llmkit.testing.reference import ReferenceCache, ReservingCache, continuation
+from llmkit.testing.schedulers import check_scheduler
+from llmkit.testing.walk import Coverage
+
+__all__ = [
+    "Chaos",
+    "Coverage",
+    "FakeExecutor",
+    "ReferenceCache",
+    "ReservingCache",
+    "check_cache",
+    "check_scheduler",
+    "continuation",
+    "next_token",
+]

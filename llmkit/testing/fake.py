@@ -5,6 +5,7 @@ It is stricter than a device: whatever a step named must still stand, untouched,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -54,6 +55,7 @@ class _Pending:
 
     def wait(self) -> StepResult:
         """The result; checks that later launches left alone whatever this step named."""
+        self.executor.num_results += 1
         if self.executor.num_steps > self.number:
             for number, (slot, end) in self.slots.items():
                 assert self.executor.slots.get(number) is slot, f"slot {number} was handed over while in flight"
@@ -72,12 +74,15 @@ class FakeExecutor:
     vocab_size: int = 1000
     faults: Mapping[str, int] = field(default_factory=dict)
     num_steps: int = 0
+    num_results: int = 0
+    history: deque[StepPlan] = field(default_factory=lambda: deque(maxlen=6))
     slots: dict[int, _Slot] = field(default_factory=dict)
     _kv: dict[int, list[int]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> _Pending:
         """Run `plan` at once; AssertionError if it reads an entry that was never written or belongs to another."""
         self.num_steps += 1
+        self.history.append(plan)
         for slot, request_id, token_ids, _, _, seed in plan.admissions:
             self.slots[slot] = _Slot(request_id, seed, _digests(token_ids))
         for slot, start, blocks in plan.edits:

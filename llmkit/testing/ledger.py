@@ -1,0 +1,107 @@
+"""A cache under audit: every operation is checked against the contract and against a book of what was handed out.
+
+The book knows nothing of how the allocator works. It drives both the random walk and the hypothesis machine.
+"""
+
+from __future__ import annotations
+
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.types import Request
+
+
+class Ledger:
+    """Runs operations on `cache` and raises AssertionError on the first broken promise."""
+
+    def __init__(self, cache: CacheAllocator) -> None:
+        self.cache = cache
+        self.block_size = cache.spec.block_size
+        self.tables: dict[str, list[int]] = {}
+        self._requests: dict[str, Request] = {}
+        self.num_refusals = 0
+
+    def table(self, request: Request) -> list[int]:
+        """The request's blocks as the book has them."""
+        return self.tables.get(request.request_id, [])
+
+    def match(self, request: Request) -> int:
+        """Asking for reusable tokens changes nothing and never offers the whole request."""
+        before = self.cache.stats(), self.cache.census()
+        num_cached = self.cache.match(request)
+        num_tokens = request.num_tokens
+        assert 0 <= num_cached < num_tokens, f"match says {num_cached} of {num_tokens} tokens are cached"
+        assert (self.cache.stats(), self.cache.census()) == before, "match changed the cache"
+        return num_cached
+
+    def allocate(self, request: Request, upto: int) -> bool:
+        """All or nothing; what is held already stays in place; an empty pool never refuses what fits it."""
+        held, before = self.table(request), self._snapshot()
+        is_granted = self.cache.allocate(request, upto)
+        table = list(self.cache.block_table(request))
+        what = f"allocate({request.request_id}, {upto}) of blocks {held}"
+        if is_granted:
+            reach = len(table) * self.block_size
+            assert reach >= upto, f"{what} was granted, but {table} reaches {reach} tokens"
+            assert table[: len(held)] == held, f"{what} moved blocks: {table}"
+            self.tables[request.request_id], self._requests[request.request_id] = table, request
+        else:
+            self.num_refusals += 1
+            assert table == held and self._snapshot() == before, f"{what} was refused, but left {table}"
+            assert upto > len(held) * self.block_size, f"{what} was refused, though they cover it"
+            assert any(self.tables.values()), f"{what} was refused by an empty pool of {self.cache.spec}"
+        self.check()
+        return is_granted
+
+    def commit(self, request: Request, num_computed_tokens: int) -> None:
+        """Publishing computed tokens moves no block of anybody."""
+        self.cache.commit(request, num_computed_tokens)
+        self.check()
+
+    def truncate(self, request: Request, upto: int) -> None:
+        """Blocks below `upto` stay, those beyond may go; a second call changes nothing."""
+        held = self.table(request)
+        keep = min(len(held), -(-upto // self.block_size))
+        self.cache.truncate(request, upto)
+        table = list(self.cache.block_table(request))
+        what = f"truncate({request.request_id}, {upto}) of blocks {held}"
+        assert table == held[: len(table)] and len(table) >= keep, f"{what} left {table}"
+        self.tables[request.request_id], self._requests[request.request_id] = table, request
+        self.check()
+        before = self._snapshot()
+        self.cache.truncate(request, upto)
+        assert self._snapshot() == before, f"{what} did more when repeated"
+
+    def free(self, request: Request) -> None:
+        """Everything comes back; freeing again, or freeing what holds nothing, is harmless."""
+        self.cache.free(request)
+        assert not len(self.cache.block_table(request)), f"{request.request_id} was freed, but keeps a block table"
+        self.tables.pop(request.request_id, None)
+        self.check()
+        before = self._snapshot()
+        self.cache.free(request)
+        assert self._snapshot() == before, f"freeing {request.request_id} twice did something"
+
+    def check(self) -> None:
+        """Allocator and book agree on who owns what, and nobody shares a block whose tokens differ."""
+        self.cache.check()
+        owners: dict[int, set[str]] = {}
+        for request_id, table in self.tables.items():
+            assert len(set(table)) == len(table), f"{request_id} holds a block twice: {table}"
+            for block in table:
+                owners.setdefault(block, set()).add(request_id)
+            stands = list(self.cache.block_table(self._requests[request_id]))
+            assert stands == table, f"the table of {request_id} became {stands}, was {table}"
+        census = {block: set(ids) for block, ids in self.cache.census().items()}
+        assert census == owners, f"census {census}, handed out {owners}"
+        for block, ids in owners.items():
+            self._check_sharing(block, ids)
+
+    def _check_sharing(self, block: int, ids: set[str]) -> None:
+        prefixes = set()
+        for request_id in ids:
+            end = (self.tables[request_id].index(block) + 1) * self.block_size
+            prefixes.add((end, tuple(self._requests[request_id].token_ids[:end])))
+        assert len(prefixes) == 1, f"block {block} is shared by {sorted(ids)}, whose tokens up to it differ"
+
+    def _snapshot(self) -> tuple[object, ...]:
+        tables = {name: list(self.cache.block_table(request)) for name, request in self._requests.items()}
+        return tables, self.cache.stats(), self.cache.census()
