@@ -10,10 +10,10 @@ from rich.table import Table
 
 Rows = list[tuple[str, str]]
 LATENCY_NAMES = {
-    "ttft": "time to first token",
-    "tpot": "time per output token",
-    "itl": "inter-token latency",
-    "e2el": "end-to-end latency",
+    "ttft": "first token (ttft)",
+    "tpot": "per output token (tpot)",
+    "itl": "between tokens (itl)",
+    "e2el": "end to end (e2el)",
 }
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 
@@ -24,6 +24,11 @@ def number(value: float | int | None, unit: str = "", digits: int = 1) -> str:
         return "-"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
     return f"{text} {unit}".rstrip()
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency with about three digits that mean something."""
+    return number(value, digits=2 if value is not None and value < 10 else 1)
 
 
 def percent(share: float | None) -> str:
@@ -59,7 +64,7 @@ def overview(result: Mapping[str, Any]) -> Rows:
 def latency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row a latency: its name, then `STATISTICS` in milliseconds."""
     return [
-        (f"{name} ({words})", *(number(result[f"{statistic}_{name}_ms"], digits=2) for statistic in STATISTICS))
+        (words, *(milliseconds(result[f"{statistic}_{name}_ms"]) for statistic in STATISTICS))
         for name, words in LATENCY_NAMES.items()
     ]
 
