@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
 from torch import Tensor
 
+from llmkit.model.sampling.logprobs import LogprobTensors, to_host
 from llmkit.types import TokenLogprobs
+
+NOTHING_TO_CHOOSE = "no token can be chosen: the logits are NaN or infinite, or every token is masked out"
+
+
+class HostCopy:
+    """A tensor on its way to the host: the copy starts at once and is waited for when it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def get(self) -> Tensor:
+        """The tensor on the host; blocks until it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor
 
 
 class Sampled:
-    """Result of `Sampler.sample`; row numbers are rows of the logits it was given."""
+    """Result of `Sampler.sample`; row numbers are rows of the logits it was given.
 
-    def __init__(self, token_ids: Tensor, failed: Tensor) -> None:
+    `token_ids` int64 [R] stays on the device and is a valid id in every row, also in failed ones.
+    """
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        evidence: Tensor,
+        logprobs: LogprobTensors | None = None,
+        logprob_rows: Sequence[int] = (),
+        tops: Sequence[int] = (),
+    ) -> None:
+        """`evidence` [R] is finite in the rows that had something to choose from."""
         self.token_ids = token_ids
-        self._failed = failed
+        self._host_token_ids = HostCopy(token_ids)
+        self._evidence = HostCopy(evidence)
+        self._logprobs = None if logprobs is None else [HostCopy(tensor) for tensor in logprobs]
+        self._logprob_rows = logprob_rows
+        self._tops = tops
 
-    @property
+    def tolist(self) -> list[int]:
+        """The token ids on the host; waits for this step only, not for work launched after it."""
+        ids: list[int] = self._host_token_ids.get().tolist()
+        return ids
+
+    @cached_property
     def logprobs(self) -> dict[int, TokenLogprobs]:
-        """Of the sampled token, for rows whose request asked for them."""
-        return {}
+        """Of the sampled token and the most likely ones, for rows whose request asked; raw model distribution."""
+        if self._logprobs is None:
+            return {}
+        rows = to_host(LogprobTensors(*(copy.get() for copy in self._logprobs)), list(self._tops))
+        return dict(zip(self._logprob_rows, rows, strict=True))
 
-    @property
+    @cached_property
     def errors(self) -> dict[int, str]:
-        """One line for every row that had nothing to choose from; its token id is 0 and must not be used."""
-        return {row: "no usable logits" for row, failed in enumerate(self._failed.tolist()) if failed}
+        """One line for every row that had nothing to choose from; its token must not be used."""
+        usable = self._evidence.get().isfinite()
+        if bool(usable.all()):
+            return {}
+        return {row: NOTHING_TO_CHOOSE for row, fine in enumerate(usable.tolist()) if not fine}

@@ -1,47 +1,158 @@
-"""The batched sampler: per-slot settings, and one step from logits to tokens."""
+"""The batched sampler: per-slot settings, and one step from logits to tokens.
+
+Order of operations, per row: logit bias; masks (allowed, bad, and end tokens before `min_tokens`); penalties
+(repetition, then frequency and presence); temperature; top-k; top-p; min-p; draw. Up to the temperature that is
+vLLM's order, from there on transformers'. Rows that ask for nothing pay for nothing: the host knows every row's
+parameters, so an all-greedy batch is one argmax, and plain temperature one softmax and one sum.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from llmkit.model.sampling.chunks import chunks
+from llmkit.model.sampling.draw import block_size_for, draw, most_likely
+from llmkit.model.sampling.edits import SlotEdits
+from llmkit.model.sampling.logprobs import compute_logprobs, to_host
+from llmkit.model.sampling.noise import noise_key, uniforms
+from llmkit.model.sampling.nucleus import Filters, draw_filtered
+from llmkit.model.sampling.plan import Draws, Group, Plan, Planner, Slot
 from llmkit.model.sampling.sampled import Sampled
 from llmkit.types import SamplingParams, TokenLogprobs
 
 
 class Sampler:
-    """Chooses one token per row. A row's token depends on its logits, parameters, seed and position only."""
+    """Chooses one token per row, in any batch and row order the same.
 
-    def __init__(
-        self, vocab_size: int, max_num_seqs: int, device: torch.device, eos_token_ids: frozenset[int]
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
-        self._params: list[SamplingParams | None] = [None] * max_num_seqs
+    A row's token depends on its logits, parameters, seed and position only. torch's random state is never used.
+    `eos_token_ids` end a request unless it ignores them; here they only matter to `min_tokens`.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device, eos_token_ids: frozenset[int]) -> None:
+        self._vocab_size = vocab_size
+        self._block_size = block_size_for(vocab_size)
+        self._width = -(-vocab_size // self._block_size) * self._block_size
+        self._device = device
+        self._eos_token_ids = eos_token_ids
+        self._slots: list[Slot | None] = [None] * max_num_seqs
+        self._with_min_tokens: set[int] = set()
+        self._planner = Planner(vocab_size, self._width, device)
+        self._plan: Plan | None = None
+        self._planned_for: tuple[list[int], list[int]] = ([], [])
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int, num_prompt_tokens: int) -> None:
-        """A request enters `slot`: replaces all that was known of the slot."""
-        self._params[slot] = params
+        """A request enters `slot`: replaces all that was known of the slot.
+
+        `seed` is the request's own, below 2**64. Raises RequestError if `params` names a token outside the vocabulary.
+        """
+        edits = SlotEdits.of(params, self._vocab_size, self._eos_token_ids, self._device)
+        self._slots[slot] = Slot(params, noise_key(seed), num_prompt_tokens, edits)
+        (self._with_min_tokens.add if params.min_tokens else self._with_min_tokens.discard)(slot)
+        self._plan = None
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int], tokens: Tensor) -> Sampled:
-        """Choose a token for every row of `logits` [R, V].
+        """Choose a token for every row of `logits` [R, V], any float dtype, left unchanged.
 
-        `slots[i]` is row i's slot, `positions[i]` the index its token will take in the sequence, `tokens`
-        int64 [max_num_seqs, max_len] the history by slot, valid below `positions[i]`.
+        `slots[i]` is row i's slot, `positions[i]` the index its token will take in the sequence, `tokens` integer
+        [max_num_seqs, max_len] the history by slot, valid below `positions[i]`. Nothing is read back from the device.
         """
-        token_ids = logits.argmax(-1)
-        best = logits.gather(-1, token_ids[:, None])[:, 0]
-        return Sampled(token_ids, ~best.isfinite())
+        plan = self._plan_for(slots, positions)
+        parts: list[tuple[Group, tuple[Tensor, Tensor]]] = []
+        if plan.greedy is not None:
+            parts.append((plan.greedy, most_likely(self._rows(plan.greedy, logits, positions, tokens))))
+        parts.extend((draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws)
+        token_ids, evidence = _merge(parts, len(slots))
+        if plan.logprob_index is None:
+            return Sampled(token_ids, evidence)
+        index = plan.logprob_index
+        logprobs = compute_logprobs(logits.index_select(0, index), token_ids.index_select(0, index), max(plan.tops))
+        return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops)
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Tensor, top: int) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of `token_ids` [N] under `logits` [N, V], with the `top` most likely of each row."""
-        values = logits.float().log_softmax(-1)
-        picked = values.gather(-1, token_ids[:, None])
-        ranks = (values > picked).sum(-1) + 1
-        best, ids = values.topk(top, -1)
-        return tuple(
-            TokenLogprobs(token, value, rank, tuple(zip(row_ids, row, strict=True)))
-            for token, value, rank, row_ids, row in zip(
-                token_ids.tolist(), picked[:, 0].tolist(), ranks.tolist(), ids.tolist(), best.tolist(), strict=True
-            )
-        )
+        """Log-probabilities of `token_ids` [N] under raw `logits` [N, V], and each row's `top` most likely tokens."""
+        return tuple(to_host(compute_logprobs(logits, token_ids.long(), top), [top] * len(token_ids)))
+
+    def _plan_for(self, slots: list[int], positions: list[int]) -> Plan:
+        early = self._early_rows(slots, positions) if self._with_min_tokens else []
+        if self._plan is None or self._planned_for != (slots, early):
+            states = [self._state(slot) for slot in slots]
+            self._plan = self._planner.build(slots, states, [row in early for row in range(len(slots))])
+            self._planned_for = (list(slots), early)
+        return self._plan
+
+    def _early_rows(self, slots: list[int], positions: list[int]) -> list[int]:
+        return [
+            row
+            for row, slot in enumerate(slots)
+            if slot in self._with_min_tokens and self._state(slot).is_early(positions[row])
+        ]
+
+    def _state(self, slot: int) -> Slot:
+        state = self._slots[slot]
+        if state is None:
+            raise ValueError(f"slot {slot} is sampled before a request entered it")
+        return state
+
+    def _draw(self, draws: Draws, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        group = draws.group
+        here = np.array([positions[row] for row in group.rows], dtype=np.uint64)
+        noise = torch.from_numpy(uniforms(draws.keys, here)).to(self._device)
+        rows = self._rows(group, logits, positions, tokens)
+        slices = chunks(rows)
+        if len(slices) == 1:
+            return self._draw_rows(rows, draws.temperature, draws.filters, noise)
+        parts = [
+            self._draw_rows(rows[part], draws.temperature[part], draws.filters and draws.filters[part], noise[:, part])
+            for part in slices
+        ]
+        return torch.cat([ids for ids, _ in parts]), torch.cat([evidence for _, evidence in parts])
+
+    def _draw_rows(
+        self, rows: Tensor, temperature: Tensor, filters: Filters | None, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if rows.shape[1] == self._width:
+            scaled = rows / temperature
+        else:
+            scaled = self._padded(rows)
+            torch.div(rows, temperature, out=scaled[:, : self._vocab_size])
+        if filters is None:
+            return draw(scaled, noise, self._block_size, self._vocab_size)
+        return draw_filtered(scaled, filters, noise[0])
+
+    def _rows(self, group: Group, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> Tensor:
+        """The group's logits: [G, V] as they came, or an edited copy [G, W]."""
+        rows = logits if group.index is None else logits.index_select(0, group.index)
+        if group.is_plain:
+            return rows
+        edited = self._padded(rows)
+        edited[:, : self._vocab_size] = rows
+        if group.edits is not None:
+            group.edits.apply(edited)
+        if group.penalties is not None:
+            group.penalties.apply(edited, [positions[row] for row in group.rows], tokens)
+        return edited
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Room for `rows` in whole blocks: [len(rows), W], -inf beyond the vocabulary, the rest not yet written."""
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        room = torch.empty(len(rows), self._width, dtype=dtype, device=rows.device)
+        if self._width > self._vocab_size:
+            room[:, self._vocab_size :] = -torch.inf
+        return room
+
+
+def _merge(parts: list[tuple[Group, tuple[Tensor, Tensor]]], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [R] and evidence float64 [R] of the whole batch in row order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    device = parts[0][1][0].device
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+    evidence = torch.empty(num_rows, dtype=torch.float64, device=device)
+    for group, (ids, values) in parts:
+        token_ids[group.index] = ids
+        evidence[group.index] = values.to(torch.float64)
+    return token_ids, evidence
