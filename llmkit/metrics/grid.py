@@ -104,11 +104,11 @@ def mean_speedup(cells: Sequence[Cell]) -> dict[str, Any]:
     over the cells. It says how well these cells were measured on this machine, not how other cells would do.
     """
     rounds = range(min(cell.num_rounds for cell in cells))
-    arms = [
+    naive, optimized = (
         [geometric_mean([getattr(cell, arm)[index].seconds for cell in cells]) for index in rounds]
         for arm in ("naive", "optimized")
-    ]
-    interval = asdict(paired_ratio(*arms)) if rounds else {}
+    )
+    interval = asdict(paired_ratio(naive, optimized)) if rounds else {}
     interval.pop("ratio", None)
     return {"speedup": geometric_mean([cell.row()["speedup"] for cell in cells]), **interval}
 
