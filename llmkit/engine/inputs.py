@@ -48,10 +48,12 @@ class InputBuilder:
         slots = np.array([row.slot for row in rows], dtype=np.int64)
         starts = np.array([row.start for row in rows], dtype=np.int64)
         lens = np.array(query_lens, dtype=np.int64)
-        ends = np.cumsum(lens)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - lens, lens)
-        positions = np.repeat(starts, lens) + offsets
-        token_slots = np.repeat(slots, lens)
+        ends = lens.cumsum()
+        if ends[-1] == len(rows):
+            positions, token_slots = starts, slots
+        else:
+            positions = np.arange(ends[-1]) + (starts - ends + lens).repeat(lens)
+            token_slots = slots.repeat(lens)
         blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
         seq_lens = (starts + lens).astype(np.int32)
         num_blocks = -(-int(seq_lens.max()) // self.block_size)
