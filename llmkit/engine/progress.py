@@ -61,16 +61,18 @@ class Progress:
         if token_id in self._stop_ids and is_free_to_stop:
             return FinishReason.STOP
         if self._detokenizer is not None:
+            num_old_chars = len(self.text)
             self.text += self._detokenizer.step(token_id)
-            if self._stop and is_free_to_stop and self._cut_at_stop_string():
+            if self._stop and is_free_to_stop and self._cut_at_stop_string(num_old_chars):
                 return FinishReason.STOP
         if request.num_tokens >= request.max_num_tokens:
             return FinishReason.LENGTH
         return None
 
-    def _cut_at_stop_string(self) -> bool:
-        first = max(0, self._num_emitted_chars - self._holdback)
-        ends = [at for stop in self._stop if (at := self.text.find(stop, first)) >= 0]
+    def _cut_at_stop_string(self, num_old_chars: int) -> bool:
+        """Cut the text at a stop string that ends in the new part; older ones came before `min_tokens`."""
+        starts = ((stop, max(0, num_old_chars - len(stop) + 1)) for stop in self._stop)
+        ends = [at for stop, start in starts if (at := self.text.find(stop, start)) >= 0]
         if ends:
             self.text = self.text[: min(ends)]
         return bool(ends)

@@ -13,7 +13,7 @@ from llmkit.interfaces.cache import CacheSpec
 from llmkit.types import Request, SamplingParams
 
 VOCAB_SIZE = 50
-EOS = frozenset({7})
+EOS = frozenset({7, 11})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ def draw_request(random: Random, request_id: str, number: int, at: int, spec: Ca
     max_tokens = random.randint(1, 20)
     params = SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=random.choice((0, 0, random.randint(0, max_tokens))),
+        min_tokens=random.choice((0, random.randint(0, max_tokens))),
         ignore_eos=random.random() < 0.5,
-        stop_token_ids=tuple(random.sample(range(VOCAB_SIZE), random.choice((0, 0, 3)))),
+        stop_token_ids=tuple(random.sample(range(VOCAB_SIZE), random.choice((0, 0, 5)))),
     )
     prompt = [random.randrange(VOCAB_SIZE) for _ in range(num_prompt)]
     priority, hint = random.randint(0, 3), random.choice((None, max_tokens))
