@@ -45,7 +45,10 @@ class Runner:
             self.num_failed += 1
             say(f"{job.run_dir.name}: {error}")
             return
-        say("written: " + ", ".join(_relative(path) for path in (*outcome.files, job.run_dir)))
+        say(f"run folder: {_relative(job.run_dir)}")
+        for path in outcome.files:
+            if not path.is_relative_to(job.run_dir):
+                say(f"written: {_relative(path)}")
         if outcome.interrupted:
             raise KeyboardInterrupt
 

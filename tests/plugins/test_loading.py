@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def llmkit_register(registry):
     registry.add_scheduler("{name}", Mine)
 """
 
-Install = Callable[..., str]
+Install = Callable[..., Path]
 
 
 def owners(registry: Registry) -> dict[str, str]:

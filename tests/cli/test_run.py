@@ -1,0 +1,161 @@
+"""`llmkit run` on a real, tiny model: what is written, what a sweep shares, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import llmkit.llm
+from llmkit import ConfigError, load_plugins
+from llmkit.cli import main as llmkit_main
+from llmkit.config import resolve
+from llmkit.model.spec import ModelSpec
+from llmkit.run import main
+
+Install = Callable[..., Path]
+SMALL = [
+    "model=tiny",
+    "workload=batch",
+    "workload.num_requests=3",
+    "workload.prompt_len=[2,6]",
+    "workload.max_tokens=4",
+]
+
+
+def runs(folder: Path) -> list[Path]:
+    """Every run folder below `folder`."""
+    return sorted(path.parent for path in folder.rglob("result.json"))
+
+
+def test_run_writes_its_folder_and_prints_a_table(
+    tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "scheduler.max_num_seqs=2"]) == 0
+    out, err = capsys.readouterr()
+    (run,) = runs(workdir / "outputs")
+    result = json.loads((run / "result.json").read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (3, 0, 12)
+    assert "3 completed" in out and "Traceback" not in err
+    assert f"llmkit: run folder: {run.relative_to(workdir)}" in err
+    config = resolve(load_plugins()[0], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))  # type: ignore[arg-type]
+    assert config.labels["model"] == "tiny" and config.scheduler.settings.model_dump()["max_num_seqs"] == 2
+
+
+def test_sweep_loads_shared_weights_once(tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load = llmkit.llm.load_model
+
+    def counted(spec: ModelSpec, dtype: object, device: object) -> object:
+        loads.append(str(dtype))
+        return load(spec, dtype, device)
+
+    monkeypatch.setattr(llmkit.llm, "load_model", counted)
+    assert main(["-m", *SMALL, "scheduler=continuous,static", "cache=paged,contiguous"]) == 0
+    assert len(loads) == 1
+    found = runs(workdir / "multirun")
+    assert [run.name for run in found] == [
+        f"{number}-{scheduler}-{cache}-tiny-batch"
+        for number, (scheduler, cache) in enumerate(
+            (scheduler, cache) for scheduler in ("continuous", "static") for cache in ("paged", "contiguous")
+        )
+    ]
+    for run in found:
+        assert json.loads((run / "result.json").read_text())["completed"] == 3
+    assert main(["-m", *SMALL, "engine.dtype=float32,float64"]) == 0
+    assert loads[1:] == ["torch.float32", "torch.float64"]
+
+
+def test_sweep_reports_what_cannot_run_and_runs_the_rest(
+    tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-m", *SMALL, "scheduler.max_num_seqs=0,2"]) == 2
+    err = capsys.readouterr().err
+    assert "0-continuous-paged-tiny-batch: scheduler.max_num_seqs=0: Input should be greater" in err
+    assert "1 of the sweep's runs failed" in err and "Traceback" not in err
+    assert [run.name for run in runs(workdir)] == ["1-continuous-paged-tiny-batch"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["cache=pagd"], "llmkit: unknown cache 'pagd'; did you mean 'paged'? (choices: contiguous, paged)\n"),
+        (["scheduler.max_num_seqs=0"], "(allowed: integer, 1 to 4096)\n"),
+        (["model=hf"], "llmkit: model.path: a value is required\n"),
+        (["model=hf", "model.path=/no/such/folder"], "/no/such/folder"),
+        (["model=tiny", "workload=trace", "workload.path=/no/such/file"], "/no/such/file"),
+        (["model=tiny", "engine.max_model_len=9999"], "engine.max_model_len=9999"),
+        (["model=tiny", "engine.num_blocks=100000000"], "engine.num_blocks=100000000"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err and err.startswith("llmkit: ") and err.count("\n") == 1
+    assert runs(workdir) == []
+
+
+def test_debug_shows_the_traceback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError):
+        main(["cache=pagd", "--debug"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError):
+        main(["cache=pagd"])
+
+
+def test_console_script_passes_everything_on(
+    workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert llmkit_main(["run", "cache=pagd"]) == 2
+    assert "did you mean 'paged'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        llmkit_main(["run", "--cfg", "job", "--nope"])
+    assert caught.value.code == 2
+
+
+def test_broken_plugin_is_refused(install: Install, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "from llmkit import hookimpl\n@hookimpl\ndef llmkit_registr(registry): ...\n"
+    install("foreign_run", source, "llmkit-foreign-run")
+    assert main(SMALL) == 2
+    assert capsys.readouterr().err.startswith("llmkit: plugin llmkit-foreign-run:foreign_run of llmkit-foreign-run")
+
+
+WATCHER = """
+from pathlib import Path
+from llmkit import hookimpl
+
+@hookimpl
+def llmkit_request_finished(event):
+    Path("first_request_finished").touch()
+"""
+
+
+def test_ctrl_c_keeps_what_was_measured(tiny_model: Path, install: Install, workdir: Path) -> None:
+    site = install("foreign_watcher", WATCHER, "llmkit-watcher")
+    argv = ["model=tiny", "workload=poisson", "workload.rate=20", "workload.num_requests=4000"]
+    command = [sys.executable, "-m", "llmkit.run", *argv]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (workdir / "first_request_finished").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err
+    (run,) = runs(workdir)
+    result = json.loads((run / "result.json").read_text())
+    assert 0 < result["completed"] < 4000
+    assert len((run / "requests.jsonl").read_text().splitlines()) >= result["completed"]

@@ -1,0 +1,78 @@
+"""What several rooms' tests need: distributions that exist only in a test, and a place to run commands in."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Install = Callable[..., Path]
+
+TINY_MODELS = """
+from llmkit import Settings, hookimpl
+from llmkit.model.spec import ModelSpec
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 256,
+    "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True,
+}
+
+def tiny(settings):
+    return ModelSpec("tiny", config=CONFIG, seed=1)
+
+@hookimpl
+def llmkit_register(registry):
+    registry.add("model", "tiny", tiny, Settings, "two small layers")
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """`install(module, source, name)`: a distribution with one entry point, on the path until the test ends.
+
+    Returns the folder that holds the module and the metadata an installer would leave beside it.
+    """
+    site, modules = tmp_path / "site", []
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def add(module: str, source: str, name: str, version: str = "1.0", entry: str | None = None) -> Path:
+        (site / f"{module}.py").write_text(source)
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[llmkit]\n{entry or module} = {module}\n")
+        modules.append(module)
+        importlib.invalidate_caches()
+        return site
+
+    yield add
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def tiny_model(install: Install) -> Path:
+    """A distribution that registers `model=tiny`, random weights without a tokenizer; returns its folder."""
+    return install("tiny_models", TINY_MODELS, "llmkit-tiny-models")
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory; afterwards the root logger is as before and Hydra's log files are closed."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
