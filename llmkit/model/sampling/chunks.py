@@ -11,8 +11,8 @@ MAX_GPU_ELEMENTS = 1 << 26
 
 
 def chunks(logits: Tensor) -> list[slice]:
-    """Slices that cover the rows of `logits` [R, V]."""
+    """Slices that cover the rows of `logits` [R, V]; one empty slice if there are none."""
     num_rows, num_columns = logits.shape
     limit = MAX_CPU_ELEMENTS if logits.device.type == "cpu" else MAX_GPU_ELEMENTS
     step = max(1, limit // num_columns)
-    return [slice(start, start + step) for start in range(0, num_rows, step)]
+    return [slice(start, start + step) for start in range(0, max(num_rows, 1), step)]

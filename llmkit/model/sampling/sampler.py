@@ -60,12 +60,13 @@ class Sampler:
         `slots[i]` is row i's slot, `positions[i]` the index its token will take in the sequence, `tokens` integer
         [max_num_seqs, max_len] the history by slot, valid below `positions[i]`. Nothing is read back from the device.
         """
+        logits = logits.contiguous()
         plan = self._plan_for(slots, positions)
         parts: list[tuple[Group, tuple[Tensor, Tensor]]] = []
         if plan.greedy is not None:
             parts.append((plan.greedy, most_likely(self._rows(plan.greedy, logits, positions, tokens))))
         parts.extend((draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws)
-        token_ids, evidence = _merge(parts, len(slots))
+        token_ids, evidence = parts[0][1] if len(parts) == 1 else _merge(parts, len(slots), self._device)
         if plan.logprob_index is None:
             return Sampled(token_ids, evidence)
         index = plan.logprob_index
@@ -145,11 +146,10 @@ class Sampler:
         return room
 
 
-def _merge(parts: list[tuple[Group, tuple[Tensor, Tensor]]], num_rows: int) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [R] and evidence float64 [R] of the whole batch in row order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    device = parts[0][1][0].device
+def _merge(
+    parts: Sequence[tuple[Group, tuple[Tensor, Tensor]]], num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [R] and evidence float64 [R] of the whole batch, in row order."""
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     evidence = torch.empty(num_rows, dtype=torch.float64, device=device)
     for group, (ids, values) in parts:
