@@ -19,7 +19,14 @@ SPREAD = 0.5  # how far the points of one prompt length stand apart, in units of
 
 
 def grid_picture(result: Mapping[str, Any], dpi: int = 130) -> bytes:
-    """A PNG of a grid's `result.json`, with title, units and where the numbers come from."""
+    """A PNG of a grid's `result.json`."""
+    buffer = io.BytesIO()
+    grid_figure(result).savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def grid_figure(result: Mapping[str, Any]) -> Figure:
+    """The figure, with title, units and where the numbers come from; every axis of values starts at zero."""
     rows: Sequence[Row] = result["rows"]
     sizes = sorted({row["batch_size"] for row in rows})
     figure, axes = new_figure(3, len(sizes), (max(7.5, 4.2 * len(sizes)), 10.5), sharey="row", sharex=True)
@@ -43,9 +50,7 @@ def grid_picture(result: Mapping[str, Any], dpi: int = 130) -> bytes:
         panel.set_ylim(bottom=0)
         panel.yaxis.set_major_formatter("{x:,.0f}")
     _explain(figure, result, rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
+    return figure
 
 
 def _axis(panel: Axes, cells: Sequence[Row]) -> tuple[list[int], list[int]]:

@@ -103,7 +103,7 @@ class TraceSettings(ServedSettings):
     """Requests from a JSONL file."""
 
     path: str = Field(default="", description="JSONL file, one request a line")
-    num_requests: int = Field(default=0, ge=0, le=10_000_000, description="play only the first so many; 0: all")
+    num_requests: int = Field(default=0, ge=0, le=10_000_000, description="play only the first so many lines; 0: all")
     time_scale: float = Field(default=1.0, gt=0.0, le=1e6, description="arrival times are multiplied by this")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of prompts of which only the length is given")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,7 @@ def read_trace(settings: TraceSettings, bounds: ModelBounds) -> list[TimedReques
         raise ConfigError("workload.path: name a JSONL file, one request a line")
     draw = prompt_source("", bounds, np.random.default_rng(settings.seed))
     requests: list[TimedRequest] = []
-    for where, row in _rows(Path(settings.path)):
-        if settings.num_requests and len(requests) == settings.num_requests:
-            break
+    for where, row in islice(_rows(Path(settings.path)), settings.num_requests or None):
         if row.prompt_token_ids is not None:
             prompt = tuple(row.prompt_token_ids)
         elif row.prompt is not None:
