@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from llmkit.interfaces.attention import LayerSpec
+from llmkit.model.linear import linear, merge
 from llmkit.model.loading import LoadedModel
 
 
@@ -26,17 +27,17 @@ class FusedLayer:
         self.post_norm = _norm(layer.post_attention_layernorm)
         self.q_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self.k_norm = _norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        self.qkv, self.qkv_bias = _merge([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up, self.gate_up_bias = _merge([mlp.gate_proj, mlp.up_proj])
-        self.out = attention.o_proj
-        self.down = mlp.down_proj
+        self.qkv = linear(*merge([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self.gate_up = linear(*merge([mlp.gate_proj, mlp.up_proj]))
+        self.out = linear(attention.o_proj.weight, attention.o_proj.bias)
+        self.down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
         self.activation = mlp.act_fn
 
     def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Any) -> torch.Tensor:
         """`hidden` [N, hidden_size]; `cos`, `sin` [N, 1, head_dim] with the sign of the rotation folded into `sin`."""
         spec = self.spec
         num_rotated = spec.num_heads + spec.num_kv_heads
-        qkv = F.linear(_rms(hidden, self.input_norm), self.qkv, self.qkv_bias)
+        qkv = self.qkv(_rms(hidden, self.input_norm))
         heads = qkv.view(hidden.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
         if self.q_norm is not None and self.k_norm is not None:
@@ -44,10 +45,9 @@ class FusedLayer:
             rotated = torch.cat([query, _rms(rotated[:, spec.num_heads :], self.k_norm)], dim=1)
         rotated = torch.addcmul(rotated * cos, rotated.roll(spec.head_dim // 2, -1), sin)
         context = attend(rotated[:, : spec.num_heads], rotated[:, spec.num_heads :], value)
-        hidden = hidden + F.linear(context.view(hidden.shape[0], -1), self.out.weight, self.out.bias)
-        gate_up = F.linear(_rms(hidden, self.post_norm), self.gate_up, self.gate_up_bias)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return hidden + F.linear(self.activation(gate) * up, self.down.weight, self.down.bias)
+        hidden = hidden + self.out(context.view(hidden.shape[0], -1))
+        gate, up = self.gate_up(_rms(hidden, self.post_norm)).chunk(2, dim=-1)
+        return hidden + self.down(self.activation(gate) * up)
 
 
 class FusedDecoder:
@@ -57,7 +57,8 @@ class FusedDecoder:
         decoder: Any = model.module.model
         specs = list(model.architecture.layers.values())
         self._embed = decoder.embed_tokens
-        self._head: Any = model.module.lm_head
+        head: Any = model.module.lm_head
+        self._head = linear(head.weight, head.bias)
         self._norm = _norm(decoder.norm)
         positions = torch.arange(max_model_len, device=model.device)
         self._cos, self._sin = rotary_table(decoder.rotary_emb, positions, self._embed.weight)
@@ -69,8 +70,7 @@ class FusedDecoder:
         cos, sin = self._cos[positions], self._sin[positions]
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
-        hidden = _rms(hidden[rows], self._norm)
-        return F.linear(hidden, self._head.weight, self._head.bias)
+        return self._head(_rms(hidden[rows], self._norm))
 
 
 def rotary_table(rotary: Any, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,14 +87,3 @@ def _norm(module: Any) -> tuple[torch.Tensor, float]:
 
 def _rms(x: torch.Tensor, norm: tuple[torch.Tensor, float]) -> torch.Tensor:
     return F.rms_norm(x, norm[0].shape, norm[0], norm[1])
-
-
-def _merge(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stack the weights of linear layers and make the originals views of the stack."""
-    weight = torch.cat([p.weight for p in projections])
-    parts = weight.split([p.weight.shape[0] for p in projections])
-    for projection, part in zip(projections, parts, strict=True):
-        projection.weight = torch.nn.Parameter(part, requires_grad=False)
-    if projections[0].bias is None:
-        return weight, None
-    return weight, torch.cat([p.bias for p in projections])
