@@ -61,30 +61,33 @@ class SdpaAttention(AttentionBackend):
         self._groups = [self._plan_group(batch, rows) for rows in _group_rows(batch.query_lens)]
 
     def _plan_group(self, batch: AttentionBatch, rows: list[int]) -> _Group:
-        device, block_size = self.device, self.requirements.block_size
         query_len = max(batch.query_lens[row] for row in rows)
-        num_blocks = -(-max(batch.host_seq_lens[row] for row in rows) // block_size)
-        is_whole = len(rows) == len(batch.query_lens)
-        index = torch.tensor(rows, device=device)
-        block_table = (batch.block_table if is_whole else batch.block_table[index])[:, :num_blocks]
-        starts = batch.query_start_loc[:-1] if is_whole else batch.query_start_loc[:-1][index]
-        seq_lens = (batch.seq_lens if is_whole else batch.seq_lens[index]).long()
-        lens = (batch.query_start_loc[1:] if is_whole else batch.query_start_loc[1:][index]) - starts
-        offsets = torch.arange(query_len, device=device)
-        is_real = offsets < lens[:, None]
-        packed = torch.where(is_real, starts[:, None] + offsets, 0)
-        positions = torch.where(is_real, (seq_lens - lens)[:, None] + offsets, 0)
-        masks = {kind: self._mask(positions, num_blocks * block_size, *kind) for kind in self._mask_kinds}
-        is_plain = is_whole and query_len == 1
-        return _Group(
-            query_index=None if is_plain else packed.flatten(),
-            out_index=None if is_plain else packed[is_real],
-            out_select=None if is_plain else is_real.flatten(),
-            block_index=block_table.reshape(-1).long(),
-            num_rows=len(rows),
-            query_len=query_len,
-            masks=masks,
-        )
+        num_blocks = -(-max(batch.host_seq_lens[row] for row in rows) // self.requirements.block_size)
+        if len(rows) == len(batch.query_lens):
+            block_table, seq_lens, first = batch.block_table, batch.seq_lens.long(), batch.query_start_loc[:-1]
+        else:
+            index = torch.tensor(rows, device=self.device)
+            block_table, seq_lens = batch.block_table[index], batch.seq_lens[index].long()
+            first = batch.query_start_loc[:-1][index]
+        group = _Group(None, None, None, block_table[:, :num_blocks].reshape(-1).long(), len(rows), query_len, {})
+        if len(rows) == len(batch.query_lens) and query_len == 1:
+            positions = seq_lens[:, None] - 1
+        else:
+            positions = self._pack(group, first, seq_lens, torch.tensor([batch.query_lens[row] for row in rows]))
+        num_keys = num_blocks * self.requirements.block_size
+        group.masks = {kind: self._mask(positions, num_keys, *kind) for kind in self._mask_kinds}
+        return group
+
+    def _pack(
+        self, group: _Group, first: torch.Tensor, seq_lens: torch.Tensor, query_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Indices that pad the group's queries to one length and undo it; returns their positions [rows, Q]."""
+        query_lens = query_lens.to(self.device)
+        offsets = torch.arange(group.query_len, device=self.device)
+        is_real = offsets < query_lens[:, None]
+        packed = torch.where(is_real, first[:, None] + offsets, 0)
+        group.query_index, group.out_index, group.out_select = packed.flatten(), packed[is_real], is_real.flatten()
+        return torch.where(is_real, (seq_lens - query_lens)[:, None] + offsets, 0)
 
     def _mask(self, positions: torch.Tensor, num_keys: int, window: int | None, ratio: int) -> torch.Tensor:
         """Additive mask of packed queries [rows, 1, ratio * Q, num_keys], or 1 for ratio * Q if Q is 1.
