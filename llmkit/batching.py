@@ -62,7 +62,11 @@ class ContinuousBatching(Scheduler):
         return self._max_chunk
 
     def victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
-        """Who gives up its blocks; `candidates` are in running order. Default: the last."""
+        """Who gives up its blocks; `candidates` are in running order. Default: the last.
+
+        Judge by something that running does not change, ties included, or two requests can preempt each other for
+        ever. `llmkit.testing.check_scheduler` finds that.
+        """
         return candidates[-1]
 
     def outranks(self, waiting: RequestView, running: RequestView) -> bool:

@@ -7,7 +7,7 @@ import pytest
 
 from llmkit.engine.planner import Planner
 from llmkit.interfaces.cache import CacheSpec
-from llmkit.interfaces.scheduler import RequestQueue, Scheduler, SchedulerSettings, SchedulingStep
+from llmkit.interfaces.scheduler import RequestQueue, Scheduler, SchedulingStep
 from llmkit.testing.invariants import check_planner
 from llmkit.types import Request, SamplingParams, StepPlan
 from llmkit_caches.paged import PagedCache

@@ -61,7 +61,7 @@ def test_the_earliest_of_several_stop_strings_wins() -> None:
 
 
 def test_stop_strings_and_tokens_wait_for_min_tokens() -> None:
-    emitted, text, reason = stream(["xab", "c", "d", "ab", "e"], stop=("ab",), min_tokens=3)
+    _, text, reason = stream(["xab", "c", "d", "ab", "e"], stop=("ab",), min_tokens=3)
     assert (text, reason) == ("xabcd", FinishReason.STOP)
     request = Request("a", [5], SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=(3,)))
     progress = Progress(request, EOS)
