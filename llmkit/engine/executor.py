@@ -30,7 +30,7 @@ class _Launched:
         if self.sampled is None:
             return StepResult(self.step_id, token_ids, prompt_logprobs=self.prompt_logprobs)
         rows = self.sampling_rows
-        for row, token_id in zip(rows, self.sampled.token_ids.tolist(), strict=True):
+        for row, token_id in zip(rows, self.sampled.tolist(), strict=True):
             token_ids[row] = token_id
         logprobs = {rows[index]: entry for index, entry in self.sampled.logprobs.items()}
         errors = {rows[index]: message for index, message in self.sampled.errors.items()}
@@ -55,6 +55,7 @@ class TorchExecutor:
         self.inputs = inputs
         self.tokens = tokens
         self._admissions: dict[int, Admission] = {}
+        self._with_prompt_logprobs: set[int] = set()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> _Launched:
@@ -79,6 +80,8 @@ class TorchExecutor:
     def _admit(self, admission: Admission) -> None:
         slot, token_ids = admission.slot, admission.token_ids
         self._admissions[slot] = admission
+        wants = admission.sampling_params.prompt_logprobs is not None
+        (self._with_prompt_logprobs.add if wants else self._with_prompt_logprobs.discard)(slot)
         self.tokens[slot, : len(token_ids)] = torch.tensor(token_ids, device=self.tokens.device)
         self.sampler.set_slot(slot, admission.sampling_params, admission.seed, admission.num_prompt_tokens)
 
@@ -108,7 +111,10 @@ class TorchExecutor:
 
     def _prompt_logprob_rows(self, plan: StepPlan) -> list[tuple[int, int, int]]:
         """(row, first packed token, number of tokens) of rows whose prompt's log-probabilities were asked for."""
-        wanted, first = [], 0
+        wanted: list[tuple[int, int, int]] = []
+        first = 0
+        if not self._with_prompt_logprobs:
+            return wanted
         for index, row in enumerate(plan.scheduled):
             admission = self._admissions[row.slot]
             if admission.sampling_params.prompt_logprobs is not None:
