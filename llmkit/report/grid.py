@@ -55,7 +55,8 @@ def _values(row: Mapping[str, Any]) -> list[Any]:
 def print_grid(console: Console, result: Mapping[str, Any]) -> None:
     """Print the table, the geometric means and how far the two arms' outputs agree."""
     rounds = f"median of {result['num_rounds']} rounds" if result["num_rounds"] > 1 else "one round"
-    table = Table(title=f"{result['title']} ({rounds})", title_justify="left", title_style="bold")
+    console.print(f"{result['title']} ({rounds})", style="bold", highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     for name in COLUMNS.values():
         table.add_column(name, justify="right")
     size_before = None

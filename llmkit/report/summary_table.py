@@ -71,7 +71,8 @@ def latency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def print_summary(console: Console, title: str, result: Mapping[str, Any]) -> None:
     """Print both tables."""
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     for row in overview(result):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from llmkit.metrics.summary import GoodputLimits, summarise
 from llmkit.report.folder import write_run
 from llmkit.report.progress import Progress
 from llmkit.report.summary_table import print_summary
+from llmkit.types import SamplingParams
 from llmkit.workload.driver import Played, run_workload
 from llmkit.workload.named import WORKLOADS
 from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome, Target
@@ -31,6 +33,7 @@ from llmkit.workload.settings import (
 from llmkit.workload.synthesis import synthesise
 from llmkit.workload.trace import read_trace
 
+WARM_UP_TOKENS = 4
 Build = Callable[[ModelBounds], list[TimedRequest]]
 
 
@@ -57,8 +60,12 @@ class ServedWorkload:
         sampling = context.sampling.model_copy(update={"ignore_eos": self.settings.ignore_eos})
         recorder, played = MetricsRecorder(), Played(interrupted=True)
         try:
+            if self.settings.warm_up:
+                warm_up(target, requests)
             with Progress(self.name, sum(request.max_tokens for request in requests), "tokens") as progress:
                 played = run_workload(target, requests, sampling, recorder, progress, context.seed)
+        except KeyboardInterrupt:
+            pass  # while warming up; `played` is as good as interrupted
         finally:
             result = self._result(context, recorder, played, len(requests))
             files = write_run(context.run_dir, result, recorder, context.config_text)
@@ -84,6 +91,19 @@ class ServedWorkload:
             "burstiness": getattr(settings, "burstiness", 1.0),
             **provenance(self.name, settings, context),
         }
+
+
+def warm_up(target: Target, requests: Sequence[TimedRequest]) -> None:
+    """Run about one full step of prompts as long as the first ones, and a few tokens more, so that what happens only
+    once is over. The prompts are all zeros: they teach no prefix cache anything about the workload."""
+    engine = target.engine
+    settings = engine.planner.scheduler.settings
+    longest = min(settings.max_num_batched_tokens, engine.limits.max_model_len - WARM_UP_TOKENS)
+    lengths = [min(len(request.prompt_token_ids), longest) for request in requests[: settings.max_num_seqs]]
+    ends = accumulate(lengths)
+    prompts = [[0] * n for n, end in zip(lengths, ends, strict=True) if n > 0 and end - n < longest]
+    if prompts:
+        target.generate(prompts, SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True))
 
 
 def title(workload: str, labels: Mapping[str, str]) -> str:

@@ -51,6 +51,7 @@ class ServedSettings(Settings):
     """Options of every workload that is played against the engine."""
 
     ignore_eos: bool = Field(default=True, description="generate exactly max_tokens for each request")
+    warm_up: bool = Field(default=True, description="run a few steps unmeasured first; false: measure a cold engine")
     goodput_ttft_ms: float | None = Field(
         default=None, gt=0.0, description="goodput limit on the time to first token, ms"
     )

@@ -127,7 +127,7 @@ def test_ctrl_c_writes_partial_results(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return 1.0
 
-    workload = make("batch", num_requests=4, prompt_len=4, max_tokens=[[0, 2], [1, 30]], seed=1)
+    workload = make("batch", warm_up=False, num_requests=4, prompt_len=4, max_tokens=[[0, 2], [1, 30]], seed=1)
     outcome, text = run(workload, tmp_path, fake_target(cost=cost))
     result = json.loads((tmp_path / "result.json").read_text())
     assert outcome.interrupted
@@ -138,6 +138,15 @@ def test_ctrl_c_writes_partial_results(tmp_path: Path) -> None:
     assert "interrupted" in text
 
 
+def test_ctrl_c_while_warming_up_writes_an_empty_result(tmp_path: Path) -> None:
+    def cost(plan: StepPlan) -> float:
+        raise KeyboardInterrupt
+
+    outcome, _ = run(make("batch", **SMALL), tmp_path, fake_target(cost=cost))
+    assert outcome.interrupted
+    assert json.loads((tmp_path / "result.json").read_text())["completed"] == 0
+
+
 def test_a_fault_of_the_engine_is_raised_after_writing(tmp_path: Path) -> None:
     def cost(plan: StepPlan) -> float:
         if plan.step_id == 3:
@@ -145,7 +154,7 @@ def test_a_fault_of_the_engine_is_raised_after_writing(tmp_path: Path) -> None:
         return 1.0
 
     with pytest.raises(RuntimeError, match="device lost"):
-        run(make("batch", **SMALL), tmp_path, fake_target(cost=cost))
+        run(make("batch", warm_up=False, **SMALL), tmp_path, fake_target(cost=cost))
     assert json.loads((tmp_path / "result.json").read_text())["interrupted"]
     assert len(lines(tmp_path / "steps.jsonl")) == 3
 
@@ -158,6 +167,24 @@ def test_a_named_workload_refuses_a_model_it_was_not_made_for(tmp_path: Path, na
     assert not list(tmp_path.iterdir())
     requests = workload.build(ModelBounds(vocab_size=10_001, max_model_len=8200))
     assert len(requests) >= 1
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_warming_up_is_short_and_not_measured(tmp_path: Path, warm: bool) -> None:
+    plans: list[StepPlan] = []
+
+    def cost(plan: StepPlan) -> float:
+        plans.append(plan)
+        return 1.0
+
+    outcome, _ = run(make("batch", warm_up=warm, num_requests=20, prompt_len=30), tmp_path, fake_target(cost=cost))
+    measured = [plan for plan in plans if plan.scheduled[0].request_id.startswith("w")]
+    assert outcome.result["num_steps"] == len(measured)
+    assert outcome.result["duration"] == len(measured)
+    warming = [plan for plan in plans if plan not in measured]
+    assert all(set(admission.token_ids) == {0} for plan in warming for admission in plan.admissions)
+    # 64 tokens fit a step: prompts of 30, 30 and 30 make one and a half of them, three more tokens follow
+    assert (len(warming), sum(len(plan.admissions) for plan in warming)) == ((5, 3) if warm else (0, 0))
 
 
 def test_sampling_of_the_context_is_used(tmp_path: Path) -> None:
