@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from llmkit.config import Choice, EngineSettings, choose, validate
+from llmkit.config import Choice, choose, validate
 from llmkit.engine.assembly import build_backend, build_engine, requirements_of
 from llmkit.engine.detokenizer import StreamDetokenizer
 from llmkit.engine.engine import Engine
-from llmkit.engine.progress import Progress, StepOutput
+from llmkit.engine.progress import Progress
+from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError
 from llmkit.interfaces.clock import Clock
 from llmkit.model.loading import LoadedModel, load_model
@@ -22,6 +23,7 @@ from llmkit.types import Request, RequestOutput, SamplingParams
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
+Prompts = Prompt | Sequence[Prompt]
 Named = str | Mapping[str, Any] | Choice
 """A component: its name, `{"name": ..., option: ...}`, or a validated `Choice`."""
 
@@ -95,7 +97,7 @@ class LLM:
         return str(bid)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs come in input order.
 
@@ -106,7 +108,7 @@ class LLM:
         return collector.outputs()
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[StreamOutput]:
         """Like `generate`, but yields every increment as soon as it is known; the last of each has a finish_reason."""
         collector = self._submit(prompts, sampling_params)
@@ -152,9 +154,7 @@ class LLM:
             raise ModelError(f"model {self.model.name!r} has no tokenizer; give prompts as token ids")
         return self.model.tokenizer
 
-    def _submit(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> Collector:
+    def _submit(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None) -> Collector:
         batch = as_batch(prompts)
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(batch):
@@ -202,7 +202,7 @@ class LLM:
             self.engine.abort(collector.open_ids)
 
 
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_batch(prompts: Prompts) -> list[Prompt]:
     """One prompt or many -> a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
@@ -220,6 +220,3 @@ def sample_seed(engine_seed: int, number: int, seed: int | None, index: int) -> 
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
     return (mixed ^ (mixed >> 31)) >> 1
-
-
-__all__ = ["LLM", "StepOutput"]

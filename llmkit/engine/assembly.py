@@ -13,12 +13,12 @@ from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.memory import choose_num_blocks, free_bytes
 from llmkit.engine.planner import Planner
+from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler
-from llmkit.engine.settings import EngineSettings
 from llmkit.model.loading import LoadedModel
 from llmkit.model.network import build_network
 from llmkit.model.sampling import Sampler

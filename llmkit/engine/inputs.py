@@ -16,8 +16,8 @@ Ints = NDArray[np.int64]
 class PackedInputs:
     """Arrays of one step: R rows, N packed tokens, S sampling rows.
 
-    `token_slots` and `positions` int64 [N] say where each input token stands in the token table; `slot_mapping` int64 [N]
-    where its KV goes; `logit_tokens` [S] which packed tokens choose a next one.
+    `token_slots` and `positions` int64 [N] say where each input token stands in the token table; `slot_mapping`
+    int64 [N] where its KV goes; `logit_tokens` [S] which packed tokens choose a next one.
     """
 
     row_slots: Ints
@@ -48,12 +48,12 @@ class InputBuilder:
         slots = np.array([row.slot for row in rows], dtype=np.int64)
         starts = np.array([row.start for row in rows], dtype=np.int64)
         lens = np.array(query_lens, dtype=np.int64)
-        ends = lens.cumsum()
+        ends = np.cumsum(lens)
         if ends[-1] == len(rows):
             positions, token_slots = starts, slots
         else:
-            positions = np.arange(ends[-1]) + (starts - ends + lens).repeat(lens)
-            token_slots = slots.repeat(lens)
+            positions = np.arange(ends[-1]) + np.repeat(starts - ends + lens, lens)
+            token_slots = np.repeat(slots, lens)
         blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
         seq_lens = (starts + lens).astype(np.int32)
         num_blocks = -(-int(seq_lens.max()) // self.block_size)

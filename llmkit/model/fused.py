@@ -64,7 +64,9 @@ class FusedDecoder:
         self._cos, self._sin = rotary_table(decoder.rotary_emb, positions, self._embed.weight)
         self.layers = [FusedLayer(layer, spec) for layer, spec in zip(decoder.layers, specs, strict=True)]
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Any) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Any
+    ) -> torch.Tensor:
         """`attend(layer, query, key, value)` as in `AttentionBackend.forward`."""
         hidden = F.embedding(input_ids, self._embed.weight)
         cos, sin = self._cos[positions], self._sin[positions]

@@ -25,13 +25,18 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     operators: Any = torch.ops.mkldnn
     packed = operators._reorder_linear_weight(weight, None)
     run = operators._linear_pointwise.default
-    return lambda x: run(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def packed_linear(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = run(x, packed, bias, "none", [], "")
+        return out
+
+    return packed_linear
 
 
 def merge(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stack the weights and biases of linear modules, and make the modules' weights views of the stack."""
     weight = torch.cat([p.weight for p in projections])
-    parts = weight.split([p.weight.shape[0] for p in projections])
+    parts = torch.split(weight, [p.weight.shape[0] for p in projections])
     for projection, part in zip(projections, parts, strict=True):
         projection.weight = torch.nn.Parameter(part, requires_grad=False)
     if projections[0].bias is None:
@@ -40,11 +45,12 @@ def merge(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _packs(weight: torch.Tensor) -> bool:
+    onednn: Any = torch.backends.mkldnn
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
         and weight.numel() * weight.itemsize <= PACK_LIMIT_BYTES
-        and torch.backends.mkldnn.is_available()
+        and onednn.is_available()
         and torch.cpu._is_avx512_bf16_supported()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

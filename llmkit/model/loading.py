@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.utils import logging as transformers_logging
+import transformers
+from transformers import GenerationConfig, PretrainedConfig
 
 from llmkit.errors import CapacityError, ModelError
 from llmkit.model.architecture import Architecture, inspect_architecture
 from llmkit.model.routing import IMPLEMENTATION
 from llmkit.model.spec import ModelSpec
+
+# Transformers is typed in parts only, and which parts changes between its releases.
+AutoConfig: Any = transformers.AutoConfig
+AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
+AutoTokenizer: Any = transformers.AutoTokenizer
+transformers_logging: Any = transformers.utils.logging
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -46,11 +52,13 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     if spec.path is None:
         fields = dict(spec.config)
         try:
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+            built: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            return built
         except Exception as error:
             raise ModelError(f"model {spec.name!r}: bad config: {_line(error)}") from error
     try:
-        return AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
+        return config
     except Exception as error:
         hint = "" if Path(spec.path).exists() else " (no such folder, and not a reachable hub id)"
         raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {_line(error)}") from error
@@ -87,7 +95,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 def spec_bytes(architecture: Architecture, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights of `config` in `dtype`."""
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
+        module: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
     return sum(p.numel() for p in module.parameters()) * dtype.itemsize
 
 
@@ -126,9 +134,8 @@ def _checkpoint(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> to
     bad = [*report["missing_keys"], *report["mismatched_keys"]]
     if bad:
         raise ModelError(f"cannot load weights from {spec.path!r}: {len(bad)} missing or misshapen, first {bad[0]}")
-    module = module.to(device)
-    assert isinstance(module, torch.nn.Module)
-    return module
+    loaded: torch.nn.Module = module.to(device)
+    return loaded
 
 
 def _tokenizer(spec: ModelSpec) -> Any:
