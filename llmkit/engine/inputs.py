@@ -54,7 +54,7 @@ class InputBuilder:
         else:
             positions = np.arange(ends[-1]) + np.repeat(starts - ends + lens, lens)
             token_slots = np.repeat(slots, lens)
-        blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
+        token_blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
         seq_lens = (starts + lens).astype(np.int32)
         num_blocks = -(-int(seq_lens.max()) // self.block_size)
         sampling_rows = tuple([index for index, row in enumerate(rows) if row.samples])
@@ -65,7 +65,7 @@ class InputBuilder:
             block_table=self.block_tables[slots, :num_blocks],
             token_slots=token_slots,
             positions=positions,
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            slot_mapping=token_blocks * self.block_size + positions % self.block_size,
             logit_tokens=ends[list(sampling_rows)] - 1,
             sampling_rows=sampling_rows,
             query_lens=query_lens,
