@@ -18,17 +18,17 @@ from llmkit_schedulers.static import Static
 @pytest.mark.parametrize("scheduler", [Continuous, Priority, Sequential, Static])
 def test_every_combination_conforms(scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int) -> None:
     options = {"ageing_seconds": 5.0} if scheduler is Priority else {}
-    coverage = check_scheduler(scheduler, options=options, caches=[cache], depths=[depth], seeds=range(40))
-    assert coverage.num_walks == 40 and coverage.num_steps > 1500 and coverage.num_tokens > 1000, coverage
-    assert coverage.num_aborts > 20 and coverage.num_errors > 5, coverage
+    coverage = check_scheduler(scheduler, options=options, caches=[cache], depths=[depth], seeds=range(30))
+    assert coverage.num_walks == 30 and coverage.num_steps > 1000 and coverage.num_tokens > 700, coverage
+    assert coverage.num_aborts > 15 and coverage.num_errors > 5, coverage
     if scheduler is not Sequential and cache is PagedCache:
         assert coverage.num_preemptions > 20, coverage
 
 
 @pytest.mark.parametrize("cache", [PagedCache, ContiguousCache])
 def test_chaos_cannot_corrupt_anything(cache: type[CacheAllocator]) -> None:
-    coverage = check_scheduler(Chaos, caches=[cache], seeds=range(25), is_strict=False)
-    assert coverage.num_preemptions > 1000 and coverage.num_tokens > 500, coverage
+    coverage = check_scheduler(Chaos, caches=[cache], seeds=range(10), is_strict=False)
+    assert coverage.num_preemptions > 1000 and coverage.num_tokens > 200, coverage
 
 
 @pytest.mark.slow
