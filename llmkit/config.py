@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
-from llmkit.engine.settings import EngineSettings
+from llmkit.engine.settings import EngineSettings as EngineSettings
 from llmkit.errors import ConfigError
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import KINDS, RESERVED, Registry

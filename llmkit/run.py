@@ -9,15 +9,18 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from llmkit.compose import Job, run_hydra, store, to_yaml
 from llmkit.config import RunConfig, plain, resolve
 from llmkit.errors import LlmkitError
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
+from llmkit.report.sweep_table import print_sweep
 from llmkit.workload.protocol import RunContext, RunOutcome
 
 if TYPE_CHECKING:
@@ -25,15 +28,19 @@ if TYPE_CHECKING:
     from llmkit.model.loading import LoadedModel
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+PIPE_WIDTH = 160
+KEPT_BYTES = 1 << 30
+"""Weights of earlier runs of a sweep are dropped before the next model loads once they take more than this."""
 
 
 class Runner:
-    """Plays composed jobs one after the other; keeps the weights of the last one."""
+    """Plays composed jobs one after the other, and keeps loaded weights for those to come while they are small."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.num_failed = 0
-        self._weights: tuple[str, LoadedModel] | None = None
+        self.finished: list[tuple[str, Mapping[str, Any]]] = []
+        self._models: dict[str, LoadedModel] = {}
 
     def __call__(self, job: Job) -> None:
         """Validate and play one job. In a sweep a job that cannot run is reported and the others go on."""
@@ -49,6 +56,7 @@ class Runner:
         for path in outcome.files:
             if not path.is_relative_to(job.run_dir):
                 say(f"written: {_relative(path)}")
+        self.finished.append((job.run_dir.name, outcome.result))
         if outcome.interrupted:
             raise KeyboardInterrupt
 
@@ -75,16 +83,19 @@ class Runner:
     def _llm(self, config: RunConfig) -> LLM:
         from llmkit.llm import LLM
 
-        release_memory()
         key = repr((config.model, config.engine.dtype, config.engine.device))
-        model: Any = config.model
-        if self._weights is not None and self._weights[0] == key:
-            model = self._weights[1]
-        else:
-            self._weights = None
+        if key not in self._models and sum(map(num_bytes, self._models.values())) > KEPT_BYTES:
+            self._models.clear()
+        release_memory()
+        model = self._models.get(key, config.model)
         llm = LLM(model, config.scheduler, config.cache, config.attention, engine=config.engine)
-        self._weights = key, llm.model
+        self._models[key] = llm.model
         return llm
+
+
+def num_bytes(model: LoadedModel) -> int:
+    """Memory that the weights take."""
+    return sum(parameter.nbytes for parameter in model.module.parameters())
 
 
 def release_memory() -> None:
@@ -116,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         store(registry)
         runner = Runner(registry)
         run_hydra(words, registry, runner)
+        if len(runner.finished) > 1:
+            print_sweep(runner.finished, Console(width=None if sys.stdout.isatty() else PIPE_WIDTH))
     except LlmkitError as error:
         if debug:
             raise

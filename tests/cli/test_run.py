@@ -15,11 +15,12 @@ import pytest
 from omegaconf import OmegaConf
 
 import llmkit.llm
-from llmkit import ConfigError, load_plugins
+from llmkit import LLM, ConfigError, load_plugins
 from llmkit.cli import main as llmkit_main
-from llmkit.config import resolve
+from llmkit.compose import run_hydra, store
+from llmkit.config import RunConfig, resolve
 from llmkit.model.spec import ModelSpec
-from llmkit.run import main
+from llmkit.run import Runner, main
 
 Install = Callable[..., Path]
 SMALL = [
@@ -50,7 +51,9 @@ def test_run_writes_its_folder_and_prints_a_table(
     assert config.labels["model"] == "tiny" and config.scheduler.settings.model_dump()["max_num_seqs"] == 2
 
 
-def test_sweep_loads_shared_weights_once(tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_loads_shared_weights_once(
+    tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     loads: list[str] = []
     load = llmkit.llm.load_model
 
@@ -59,19 +62,34 @@ def test_sweep_loads_shared_weights_once(tiny_model: Path, workdir: Path, monkey
         return load(spec, dtype, device)
 
     monkeypatch.setattr(llmkit.llm, "load_model", counted)
-    assert main(["-m", *SMALL, "scheduler=continuous,static", "cache=paged,contiguous"]) == 0
-    assert len(loads) == 1
+    assert main(["-m", *SMALL, "scheduler=continuous,static", "engine.dtype=float32,float64"]) == 0
+    assert loads == ["torch.float32", "torch.float64"]
     found = runs(workdir / "multirun")
-    assert [run.name for run in found] == [
-        f"{number}-{scheduler}-{cache}-tiny-batch"
-        for number, (scheduler, cache) in enumerate(
-            (scheduler, cache) for scheduler in ("continuous", "static") for cache in ("paged", "contiguous")
-        )
-    ]
+    schedulers = ("continuous", "continuous", "static", "static")
+    assert [run.name for run in found] == [f"{i}-{name}-paged-tiny-batch" for i, name in enumerate(schedulers)]
     for run in found:
         assert json.loads((run / "result.json").read_text())["completed"] == 3
-    assert main(["-m", *SMALL, "engine.dtype=float32,float64"]) == 0
-    assert loads[1:] == ["torch.float32", "torch.float64"]
+    table = capsys.readouterr().out.partition("sweep")[2]
+    assert [name for name in table.split() if name.endswith("-tiny-batch")] == [run.name for run in found]
+
+
+def test_large_weights_are_dropped_before_the_next_model_loads(
+    tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.run.KEPT_BYTES", 0)
+    runner = Runner(load_plugins()[0])
+    seen: list[int] = []
+    build = runner._llm
+
+    def watched(config: RunConfig) -> LLM:
+        llm = build(config)
+        seen.append(len(runner._models))
+        return llm
+
+    monkeypatch.setattr(runner, "_llm", watched)
+    store(runner.registry)
+    run_hydra(["-m", *SMALL, "workload.num_requests=1", "engine.dtype=float32,float64"], runner.registry, runner)
+    assert seen == [1, 1]
 
 
 def test_sweep_reports_what_cannot_run_and_runs_the_rest(
@@ -135,20 +153,24 @@ WATCHER = """
 from pathlib import Path
 from llmkit import hookimpl
 
+finished = []
+
 @hookimpl
 def llmkit_request_finished(event):
-    Path("first_request_finished").touch()
+    finished.append(event)
+    if len(finished) > 8:  # more than the workload's warm-up
+        Path("requests_finished").touch()
 """
 
 
 def test_ctrl_c_keeps_what_was_measured(tiny_model: Path, install: Install, workdir: Path) -> None:
     site = install("foreign_watcher", WATCHER, "llmkit-watcher")
-    argv = ["model=tiny", "workload=poisson", "workload.rate=20", "workload.num_requests=4000"]
+    argv = ["model=tiny", "workload=poisson", "workload.num_requests=4000", "scheduler.max_num_seqs=4"]
     command = [sys.executable, "-m", "llmkit.run", *argv]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (workdir / "first_request_finished").exists():
+    while not (workdir / "requests_finished").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

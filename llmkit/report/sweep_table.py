@@ -1,0 +1,43 @@
+"""The runs of a sweep side by side: one line each, what it was and its main numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmkit.report.summary_table import milliseconds, number, percent
+
+SweepRun = tuple[str, Mapping[str, Any]]
+"""The run's name and what its `result.json` holds."""
+
+
+def print_sweep(runs: Sequence[SweepRun], console: Console) -> None:
+    """Print a table of `runs`; columns that no run has are left out."""
+    cells = [_cells(result) for _, result in runs]
+    columns = list(dict.fromkeys(column for row in cells for column in row))
+    table = Table("run", title="sweep", title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for (name, _), row in zip(runs, cells, strict=True):
+        table.add_row(escape(name), *(row.get(column, "-") for column in columns))
+    console.print(table)
+
+
+def _cells(result: Mapping[str, Any]) -> dict[str, str]:
+    if "geometric_means" in result:
+        means = result["geometric_means"].items()
+        return {f"speedup at batch {batch}": f"{mean['speedup']:.2f}x" for batch, mean in means}
+    if "output_throughput" not in result:
+        return {}
+    return {
+        "tok/s": number(result["output_throughput"]),
+        "p50 ttft, ms": milliseconds(result["p50_ttft_ms"]),
+        "p50 tpot, ms": milliseconds(result["p50_tpot_ms"]),
+        "p99 e2el, ms": milliseconds(result["p99_e2el_ms"]),
+        "preemptions": number(result["num_preemptions"]),
+        "KV not written": percent(result["kv_waste"]),
+    }
