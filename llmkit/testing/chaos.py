@@ -61,7 +61,7 @@ class Chaos(Scheduler):
         if die < self._rejects:
             if view.status is not RequestStatus.RUNNING:
                 step.reject(view, "chaos")
-        elif die < 0.2:
+        elif die < 0.06:
             step.preempt(view)
         else:
             step.run(view, self._random.choice((-3, 0, 1, 1, 2, 5, view.num_runnable_tokens, 1 << 40)))
