@@ -22,12 +22,13 @@ def generate(options: argparse.Namespace) -> int:
     from llmkit.llm import LLM
 
     llm = LLM(model, engine=engine)
-    sys.stdout.write(options.prompt)
+    shown = options.prompt
     for piece in llm.stream([options.prompt], params):
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
         if piece.error is not None:
             raise RequestError(piece.error)
+        sys.stdout.write(shown + piece.text)
+        sys.stdout.flush()
+        shown = ""
     sys.stdout.write("\n")
     return 0
 
