@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from llmkit.engine.memory import free_bytes
 from llmkit.errors import CapacityError, ModelError
-from llmkit.model.architecture import Architecture, inspect_architecture
+from llmkit.model.architecture import Architecture, first_line, inspect_architecture
 from llmkit.model.routing import IMPLEMENTATION
 from llmkit.model.spec import ModelSpec
 
@@ -40,10 +43,14 @@ class LoadedModel:
     fused: dict[int, Any] = field(default_factory=dict)
 
     def as_transformers(self) -> Any:
-        """A plain transformers model over the same weights, with torch's SDPA attention and its own KV cache."""
+        """A plain transformers model over the same weights, with its own KV cache.
+
+        Its attention is torch's SDPA, or transformers' own where that cannot do what the model asks (softcap).
+        """
         tensors = [*self.module.parameters(), *self.module.buffers()]
         module: Any = deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
-        module.set_attn_implementation("sdpa")
+        has_softcap = any(layer.softcap for layer in self.architecture.layers.values())
+        module.set_attn_implementation("eager" if has_softcap else "sdpa")
         return module
 
 
@@ -55,33 +62,54 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             built: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
             return built
         except Exception as error:
-            raise ModelError(f"model {spec.name!r}: bad config: {_line(error)}") from error
+            raise ModelError(f"model {spec.name!r}: bad config: {first_line(error)}") from error
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
         return config
     except Exception as error:
         hint = "" if Path(spec.path).exists() else " (no such folder, and not a reachable hub id)"
-        raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {_line(error)}") from error
+        raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {first_line(error)}") from error
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
     """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively."""
-    config = load_config(spec)
-    architecture = inspect_architecture(config)
     dtype = dtype or native_dtype(device)
-    level = transformers_logging.get_verbosity()
+    with _quiet_transformers():
+        config = load_config(spec)
+        architecture = inspect_architecture(config)
+        _check_room(spec, architecture.num_parameters * dtype.itemsize, device)
+        try:
+            module: Any = _checkpoint(spec, dtype, device) if spec.path else _random(config, dtype, device, spec)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(f"model {spec.name!r} does not fit on {device}: {first_line(error)}") from error
+        tokenizer = _tokenizer(spec)
+    module.eval().requires_grad_(False)
+    eos = _eos(module, architecture.vocab_size)
+    module.config.pad_token_id = None  # there is no padding; with it, some models look for padding in every step
+    return LoadedModel(spec.name, config, module, architecture, tokenizer, eos, dtype, device)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Transformers reports what it loads on stderr; llmkit raises what matters."""
+    level, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        module = _random(config, dtype, device, spec) if spec.path is None else _checkpoint(spec, dtype, device)
-    except torch.OutOfMemoryError as error:
-        size = spec_bytes(architecture, config, dtype) / 2**30
-        raise CapacityError(f"model {spec.name!r} needs about {size:.1f} GiB on {device}: {_line(error)}") from error
+        yield
     finally:
         transformers_logging.set_verbosity(level)
-    module.eval().requires_grad_(False)
-    tokenizer = _tokenizer(spec)
-    return LoadedModel(spec.name, config, module, architecture, tokenizer, _eos(module, config), dtype, device)
+        if has_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_room(spec: ModelSpec, needed: int, device: torch.device) -> None:
+    free = free_bytes(device, 1.0)
+    if needed > free:
+        raise CapacityError(
+            f"the weights of model {spec.name!r} need {needed / 2**30:.1f} GiB on {device}, "
+            f"but {free / 2**30:.1f} GiB are free"
+        )
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -90,13 +118,6 @@ def native_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return torch.bfloat16 if has_bf16 is not None and has_bf16() else torch.float32
-
-
-def spec_bytes(architecture: Architecture, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights of `config` in `dtype`."""
-    with torch.device("meta"):
-        module: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
-    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
 
 
 def _random(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, spec: ModelSpec) -> torch.nn.Module:
@@ -130,7 +151,7 @@ def _checkpoint(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> to
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load weights from {spec.path!r}: {_line(error)}") from error
+        raise ModelError(f"cannot load weights from {spec.path!r}: {first_line(error)}") from error
     bad = [*report["missing_keys"], *report["mismatched_keys"]]
     if bad:
         raise ModelError(f"cannot load weights from {spec.path!r}: {len(bad)} missing or misshapen, first {bad[0]}")
@@ -148,13 +169,8 @@ def _tokenizer(spec: ModelSpec) -> Any:
         return None
 
 
-def _eos(module: torch.nn.Module, config: PretrainedConfig) -> frozenset[int]:
-    generation = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(config)
-    eos = generation.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list | tuple) else (eos,))
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+def _eos(module: Any, vocab_size: int) -> frozenset[int]:
+    """Ids that end a sequence; defaults of some configs lie outside a small vocabulary and can never be sampled."""
+    eos = module.generation_config.eos_token_id
+    ids = eos if isinstance(eos, list | tuple) else (eos,)
+    return frozenset(token_id for token_id in ids if token_id is not None and 0 <= token_id < vocab_size)

@@ -1,25 +1,29 @@
 """The door between transformers' modelling code and an attention backend.
 
 Transformers calls the function registered under `IMPLEMENTATION` from every attention layer; it finds the layer's
-route by module. No mask function is registered under that name, so the models build no mask.
+route by module. No mask function is registered under that name, so the models build no mask. `PROBE` is the same with
+a mask function that keeps what the mask would have shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "llmkit"
+PROBE = "llmkit_probe"
 
 Route = Callable[..., torch.Tensor]
 """`route(query, key, value, **options)`: query [H, N, D], key and value [Hkv, N, D] -> [N, H, Dv]."""
+Visible = Callable[[int, torch.Tensor], torch.Tensor]
+"""`visible(query position, key positions [N])` -> bool [N]."""
 
-_routes: WeakKeyDictionary[torch.nn.Module, Route] = WeakKeyDictionary()
+_routes: ContextVar[Mapping[torch.nn.Module, Route]] = ContextVar("llmkit_routes")
 
 
 def _attend(
@@ -31,23 +35,36 @@ def _attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: [1, H, N, D] in, [1, N, H, D] out."""
-    out = _routes[module](query[0], key[0], value[0], attention_mask=attention_mask, **options)
+    out = _routes.get()[module](query[0], key[0], value[0], attention_mask=attention_mask, **options)
     return out.unsqueeze(0), None
 
 
+def _describe_mask(mask_function: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+    """Called instead of building a mask: an empty tensor that remembers the rule."""
+    mask = torch.empty((1, 1, options["q_length"], options["kv_length"]), device="meta")
+
+    def visible(query: int, keys: torch.Tensor) -> torch.Tensor:
+        return mask_function(torch.tensor(0), torch.tensor(0), torch.tensor(query), keys)
+
+    mask.visible = visible  # type: ignore[attr-defined]
+    return mask
+
+
+def mask_of(mask: torch.Tensor) -> Visible | None:
+    """The rule behind a mask made while probing; None if the model made the mask itself."""
+    return getattr(mask, "visible", None)
+
+
 AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionInterface.register(PROBE, _attend)
+AttentionMaskInterface.register(PROBE, _describe_mask)
 
 
 @contextmanager
-def routed(modules: dict[torch.nn.Module, Route]) -> Iterator[None]:
-    """Routes that hold inside a `with` block only."""
-    before = {module: _routes[module] for module in modules if module in _routes}
-    _routes.update(modules)
+def routed(modules: Mapping[torch.nn.Module, Route]) -> Iterator[None]:
+    """Routes that hold inside a `with` block only, and in this thread only."""
+    token = _routes.set(modules)
     try:
         yield
     finally:
-        for module in modules:
-            if module in before:
-                _routes[module] = before[module]
-            else:
-                del _routes[module]
+        _routes.reset(token)
