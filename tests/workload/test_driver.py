@@ -245,3 +245,14 @@ def test_preemption_shows_in_the_numbers() -> None:
     assert result["recompute_tax"] == pytest.approx((computed - needed) / computed)
     assert max(step.num_used_blocks for step in recorder.steps) == 10
     assert 0 <= result["kv_waste"] < 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_slots_are_counted_while_the_step_runs(depth: int) -> None:
+    """Blocks of 4: a prompt of 5 takes 8 slots; its last step is seen before its blocks go back."""
+    _, recorder = play(fake_target(depth=depth), some([0.0], max_tokens=3))
+    reserved = [step.num_reserved_slots for step in recorder.steps]
+    unwritten = [step.num_unwritten_slots for step in recorder.steps]
+    assert reserved == [8, 8, 8]
+    assert unwritten == ([3, 2, 1] if depth == 0 else [2, 1, 1])  # at depth 1 the next step is under way
+    assert [step.num_used_blocks for step in recorder.steps] == [2, 2, 2]
