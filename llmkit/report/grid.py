@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +57,7 @@ def print_grid(console: Console, result: Mapping[str, Any]) -> None:
     """Print the table, the geometric means and how far the two arms' outputs agree."""
     rounds = f"median of {result['num_rounds']} rounds" if result["num_rounds"] > 1 else "one round"
     console.print(f"{result['title']} ({rounds})", style="bold", highlight=False, markup=False, soft_wrap=True)
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS.values():
         table.add_column(name, justify="right")
     size_before = None

@@ -122,7 +122,7 @@ def caption(result: Mapping[str, Any]) -> str:
     """How it was measured, on what, with which versions."""
     environment, baseline = result["environment"], result["baseline"]
     versions = environment["versions"]
-    labels = ", ".join(f"{key} {value}" for key, value in result["labels"].items())
+    labels = ", ".join(f"{key} {value}" for key, value in result["labels"].items() if key != "workload")
     rounds = result["num_rounds"]
     measured = f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest" if rounds > 1 else "One round"
     machine = f"{environment['device_name']}, {environment['num_cpus']} cores, {environment['num_threads']} threads"

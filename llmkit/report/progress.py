@@ -24,6 +24,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = 0
+        self._told = -1
         self._console = console or Console(stderr=True)
         self._bar: Bar | None = None
         self._started = self._drawn = time.monotonic()
@@ -59,6 +60,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, refresh=True)
             return
+        self._told = self.done
         elapsed = time.monotonic() - self._started
         self._console.print(f"{self.title}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s", highlight=False)
 
@@ -67,5 +69,5 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif self._told != self.done:
             self._draw()

@@ -108,7 +108,7 @@ def warm_up(target: Target, requests: Sequence[TimedRequest]) -> None:
 
 def title(workload: str, labels: Mapping[str, str]) -> str:
     """Such as "poisson: model=embedded scheduler=continuous"."""
-    return f"{workload}: " + " ".join(f"{key}={value}" for key, value in labels.items())
+    return f"{workload}: " + " ".join(f"{key}={value}" for key, value in labels.items() if key != "workload")
 
 
 def provenance(name: str, settings: Any, context: RunContext) -> dict[str, Any]:

@@ -33,6 +33,17 @@ def test_a_pipe_gets_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -
     assert "\x1b" not in text.getvalue()
 
 
+def test_the_last_line_is_not_said_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    out, text = console(is_terminal=False)
+    with Progress("grid", 2, "cells", out) as progress:
+        for _ in range(2):
+            now[0] += 6.0
+            progress.advance()
+    assert text.getvalue().splitlines() == ["grid: 1/2 cells, 6 s", "grid: 2/2 cells, 12 s"]
+
+
 def test_a_terminal_gets_a_bar_that_is_drawn_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
