@@ -1,4 +1,4 @@
-"""An ordinary plugin object that watches a run through the event hooks. It costs about 0.3 us a row and step."""
+"""An ordinary plugin object that watches a run through the event hooks. It costs less than half a microsecond a row and step."""
 
 from __future__ import annotations
 
@@ -48,11 +48,7 @@ class MetricsRecorder:
     @hookimpl
     def llmkit_step_finished(self, event: StepEvent) -> None:
         """Note the step, and the time of every token it brought."""
-        num_recomputed = sum(self._computed(row[0], row[2], row[3], event) for row in event.plan.scheduled)
-        num_new = 0
-        for request_id, count in event.new_tokens.items():
-            self.requests[request_id].token_times += [event.landed_at] * count
-            num_new += count
+        num_recomputed = self._take_rows(event)
         idle, self._idle = self._idle, 0.0
         self.steps.append(
             StepRecord(
@@ -64,7 +60,7 @@ class MetricsRecorder:
                 idle,
                 len(event.plan.scheduled),
                 event.plan.num_tokens,
-                num_new,
+                self._take_tokens(event),
                 num_recomputed,
                 event.num_running,
                 event.num_waiting,
@@ -76,20 +72,38 @@ class MetricsRecorder:
             )
         )
 
-    def _computed(self, request_id: str, start: int, num_tokens: int, event: StepEvent) -> int:
-        """Positions from `start` on were computed; how many of them had been before."""
-        record = self._record(request_id)
-        if record.first_scheduled_time is None:
-            record.first_scheduled_time = event.launched_at
-            record.num_cached_tokens = record.num_computed_tokens = start
-        end, known = start + num_tokens, record.num_computed_tokens
-        if start >= known:
-            record.num_computed_tokens = end
-            return 0
-        again = min(end, known) - start
-        record.num_recomputed_tokens += again
-        record.num_computed_tokens = max(end, known)
-        return again
+    def _take_rows(self, event: StepEvent) -> int:
+        """What was computed; returns how many positions had been computed before. Runs for every row of every step."""
+        num_recomputed = 0
+        requests = self.requests
+        for request_id, _, start, num_tokens, _, _ in event.plan.scheduled:
+            record = requests.get(request_id)
+            if record is None or record.first_scheduled_time is None:
+                record = self._record(request_id)
+                record.first_scheduled_time = event.launched_at
+                record.num_cached_tokens = record.num_computed_tokens = start
+            known = record.num_computed_tokens
+            if start >= known:
+                record.num_computed_tokens = start + num_tokens
+                continue
+            end = start + num_tokens
+            again = min(end, known) - start
+            record.num_recomputed_tokens += again
+            record.num_computed_tokens = max(end, known)
+            num_recomputed += again
+        return num_recomputed
+
+    def _take_tokens(self, event: StepEvent) -> int:
+        """When tokens came; returns how many."""
+        num_new, landed_at, requests = 0, event.landed_at, self.requests
+        for request_id, count in event.new_tokens.items():
+            times = requests[request_id].token_times
+            if count == 1:
+                times.append(landed_at)
+            else:
+                times.extend([landed_at] * count)
+            num_new += count
+        return num_new
 
     @hookimpl
     def llmkit_request_finished(self, event: RequestEvent) -> None:
