@@ -48,6 +48,7 @@ def test_positions_of_one_seed(seed: int) -> None:
     assert is_unrelated(first, second)
     for lag in (1, 2, 16):
         assert is_unrelated(first[lag:], first[:-lag]) and is_unrelated(second[lag:], first[:-lag])
+        assert is_unrelated(first[lag:], second[:-lag])
 
 
 @pytest.mark.parametrize("position", [0, 1, 1 << 20])
@@ -61,6 +62,12 @@ def test_neighbouring_seeds_share_nothing_along_a_sequence() -> None:
     (first, second), (other, other_second) = stream(7), stream(8)
     assert is_unrelated(first, other) and is_unrelated(second, other) and is_unrelated(first, other_second)
     assert is_unrelated(first[1:], other[:-1]) and is_unrelated(first[:-1], other[1:])
+
+
+def test_no_seed_continues_another() -> None:
+    """A SplitMix64 state two increments ahead, taken as a seed, must not give the same sequence shifted."""
+    (first, _), (other, _) = stream(7), stream((7 + 2 * 0x9E3779B97F4A7C15) % 2**64)
+    assert is_unrelated(first[1:], other[:-1]) and not (first[1:] == other[:-1]).any()
 
 
 def test_every_bit_of_seed_and_position_moves_every_bit() -> None:

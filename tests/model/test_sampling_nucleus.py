@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def reference(logits: Tensor, params: SamplingParams) -> Tensor:
         processors.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         processors.append(MinPLogitsWarper(params.min_p))
-    out: Tensor = processors(torch.zeros(len(logits), 1, dtype=torch.int64), logits.clone())
+    unused: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
+    out: Tensor = processors(unused, cast(Any, logits.clone()))
     return out
 
 
@@ -180,7 +182,7 @@ def test_looking_at_the_largest_first_changes_nothing(name: str, params: Samplin
     rows = row.repeat(num, 1)
     token_ids, _ = draw_filtered(rows, filters, uniforms)
     ordered = order_all(row)
-    start, is_whole = filters[:1].start(ordered)
+    start, _ = Filters.of([params], WIDE, CPU).start(ordered)
     mass, first = ordered.mass[0], int(start)
     below = mass[first - 1] if first else 0.0
     rank = torch.searchsorted(mass, below + uniforms[:, 0] * (mass[-1] - below), right=True)

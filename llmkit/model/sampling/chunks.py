@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # On a CPU, temporaries that outgrow the caches and the allocator's free list cost more in page faults than the
@@ -10,9 +11,12 @@ MAX_CPU_ELEMENTS = 1 << 18
 MAX_GPU_ELEMENTS = 1 << 26
 
 
+def rows_at_once(num_columns: int, device: torch.device) -> int:
+    """Rows of `num_columns` numbers that are best worked on together; at least 1."""
+    return max(1, (MAX_CPU_ELEMENTS if device.type == "cpu" else MAX_GPU_ELEMENTS) // num_columns)
+
+
 def chunks(logits: Tensor) -> list[slice]:
     """Slices that cover the rows of `logits` [R, V]; one empty slice if there are none."""
-    num_rows, num_columns = logits.shape
-    limit = MAX_CPU_ELEMENTS if logits.device.type == "cpu" else MAX_GPU_ELEMENTS
-    step = max(1, limit // num_columns)
-    return [slice(start, start + step) for start in range(0, max(num_rows, 1), step)]
+    step = rows_at_once(logits.shape[1], logits.device)
+    return [slice(start, start + step) for start in range(0, max(len(logits), 1), step)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import RequestError
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams
 
 
@@ -32,12 +33,12 @@ class SlotEdits:
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos)} if params.min_tokens else ()
 
         def ids(values: Sequence[int] | None) -> Tensor | None:
-            return torch.tensor(values, dtype=torch.int64, device=device) if values else None
+            return to_device(values, device, torch.int64) if values else None
 
         bias = params.logit_bias
         return cls(
             ids(list(bias)),
-            torch.tensor(list(bias.values()), dtype=torch.float32, device=device) if bias else None,
+            to_device(list(bias.values()), device, torch.float32) if bias else None,
             ids(sorted(set(params.bad_token_ids))),
             ids(sorted(set(params.allowed_token_ids or ()))),
             ids(sorted(token for token in stops if 0 <= token < vocab_size)),
@@ -83,7 +84,7 @@ class BatchEdits:
         return cls(
             _join(bias_at),
             _join(bias),
-            torch.tensor([row for row, _ in allowed], device=allowed[0][1].device) if allowed else None,
+            to_device([row for row, _ in allowed], allowed[0][1].device) if allowed else None,
             _join([ids + row * width for row, ids in allowed]),
             _join(barred),
         )

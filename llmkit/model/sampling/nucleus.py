@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams
 
 NUM_LARGEST = 1024
@@ -59,7 +60,7 @@ class Filters:
         """The filters of rows with these parameters, in this order."""
 
         def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+            return to_device(values, device, dtype)[:, None]
 
         return cls(
             column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64),
@@ -68,7 +69,7 @@ class Filters:
             vocab_size,
         )
 
-    def __getitem__(self, rows: slice | Tensor) -> Filters:
+    def __getitem__(self, rows: Tensor) -> Filters:
         return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows], self.vocab_size)
 
     def start(self, ordered: Ordered) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams
 
 
@@ -43,7 +44,7 @@ class Penalties:
         """Gather `rows` of (row, slot, number of prompt tokens, parameters)."""
 
         def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+            return to_device(values, device, dtype)[:, None]
 
         params = [p for *_, p in rows]
         repeats = any(p.repetition_penalty != 1 for p in params)
@@ -69,7 +70,7 @@ class Penalties:
         if max(lengths) <= self.first:
             return
         where = torch.arange(self.first, max(lengths), device=logits.device)
-        known = where < torch.tensor(lengths, device=logits.device)[:, None]
+        known = where < to_device(lengths, logits.device)[:, None]
         slots = self.slots[:, 0]
         history = tokens[:, self.first : max(lengths)].index_select(0, slots).long()
         # Beyond its end a row repeats its first token: equal entries are written with equal values.

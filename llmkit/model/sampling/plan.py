@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmkit.model.sampling.chunks import rows_at_once
 from llmkit.model.sampling.edits import BatchEdits, SlotEdits
 from llmkit.model.sampling.nucleus import Filters, is_filtered
 from llmkit.model.sampling.penalties import Penalties, is_penalised
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -39,13 +41,13 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of the batch treated alike: `rows` on the host, `index` int64 on the device (None: all of them).
+    """Rows of the batch treated alike: `rows` on the host, `index` the same as a slice or int64 on the device.
 
-    `edits` and `penalties` are None where no row asks for them, so `is_plain` logits need no copy.
+    `edits` and `penalties` are None where no row asks for them; `is_plain` logits need no copy.
     """
 
-    rows: tuple[int, ...]
-    index: Tensor | None
+    rows: Sequence[int]
+    index: slice | Tensor
     edits: BatchEdits | None
     penalties: Penalties | None
 
@@ -68,11 +70,11 @@ class Draws:
 class Plan:
     """How to sample one batch. `logprob_rows` asked for log-probabilities, with `tops[i]` alternatives each."""
 
-    greedy: Group | None
-    draws: tuple[Draws, ...]
-    logprob_rows: tuple[int, ...]
-    logprob_index: Tensor | None
-    tops: list[int]
+    greedy: Sequence[Group]
+    draws: Sequence[Draws]
+    logprob_rows: Sequence[int]
+    logprob_index: slice | Tensor
+    tops: Sequence[int]
 
 
 class Planner:
@@ -82,21 +84,41 @@ class Planner:
         self._vocab_size = vocab_size
         self._width = width
         self._device = device
+        self._max_rows = rows_at_once(width, device)
 
     def build(self, slots: Sequence[int], states: Sequence[Slot], early: Sequence[bool]) -> Plan:
         """Plan rows that hold `states` in `slots`; `early[row]`: the row may not stop yet."""
-        greedy = [row for row, state in enumerate(states) if state.is_greedy]
-        drawn = [row for row, state in enumerate(states) if not state.is_greedy]
-        filtered = [row for row in drawn if is_filtered(states[row].params, self._vocab_size)]
-        plain = [row for row in drawn if row not in filtered] if filtered else drawn
+        kinds: dict[str, list[int]] = {"greedy": [], "edited greedy": [], "drawn": [], "filtered": []}
+        for row, state in enumerate(states):
+            if state.is_greedy:
+                is_edited = early[row] or not state.edits.is_empty or is_penalised(state.params)
+                kinds["edited greedy" if is_edited else "greedy"].append(row)
+            else:
+                kinds["filtered" if is_filtered(state.params, self._vocab_size) else "drawn"].append(row)
+        # Greedy rows that stay as they are need no room, so they may all be looked at together.
+        greedy = [kinds["greedy"]] if kinds["greedy"] else []
         asked = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         return Plan(
-            self._group(greedy, slots, states, early) if greedy else None,
-            tuple(self._draws(rows, slots, states, early) for rows in (plain, filtered) if rows),
-            tuple(asked),
-            torch.tensor(asked, dtype=torch.int64, device=self._device) if asked else None,
+            [self._group(rows, slots, states, early) for rows in greedy + self._split(kinds["edited greedy"])],
+            [
+                self._draws(rows, slots, states, early)
+                for rows in self._split(kinds["drawn"]) + self._split(kinds["filtered"], 2)
+            ],
+            asked,
+            self._index(asked),
             [states[row].params.logprobs or 0 for row in asked],
         )
+
+    def _split(self, rows: list[int], weight: int = 1) -> list[list[int]]:
+        """`rows` in pieces of a size that is worked on best; filtered rows weigh 2 for their float64 sums."""
+        step = max(1, self._max_rows // weight)
+        return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+    def _index(self, rows: list[int]) -> slice | Tensor:
+        """`rows`, ascending, as a slice if they are consecutive, which spares a copy."""
+        if not rows or rows[-1] - rows[0] == len(rows) - 1:
+            return slice(rows[0], rows[-1] + 1) if rows else slice(0)
+        return to_device(rows, self._device, torch.int64)
 
     def _group(self, rows: list[int], slots: Sequence[int], states: Sequence[Slot], early: Sequence[bool]) -> Group:
         edited = [
@@ -110,8 +132,8 @@ class Planner:
             if is_penalised(states[row].params)
         ]
         return Group(
-            tuple(rows),
-            None if len(rows) == len(states) else torch.tensor(rows, dtype=torch.int64, device=self._device),
+            rows,
+            self._index(rows),
             BatchEdits.of(edited, self._width) if edited else None,
             Penalties.of(penalised, self._device) if penalised else None,
         )
@@ -121,6 +143,6 @@ class Planner:
         return Draws(
             self._group(rows, slots, states, early),
             np.array([states[row].key for row in rows], dtype=np.uint64),
-            torch.tensor([[p.temperature] for p in params], dtype=torch.float32, device=self._device),
+            to_device([[p.temperature] for p in params], self._device, torch.float32),
             Filters.of(params, self._vocab_size, self._device) if is_filtered(params[0], self._vocab_size) else None,
         )

@@ -5,32 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from llmkit.model.sampling.logprobs import LogprobTensors, to_host
+from llmkit.model.sampling.transfer import HostCopy
 from llmkit.types import TokenLogprobs
 
 NOTHING_TO_CHOOSE = "no token can be chosen: the logits are NaN or infinite, or every token is masked out"
-
-
-class HostCopy:
-    """A tensor on its way to the host: the copy starts at once and is waited for when it is read."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._tensor = tensor
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def get(self) -> Tensor:
-        """The tensor on the host; blocks until it has arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensor
 
 
 class Sampled:

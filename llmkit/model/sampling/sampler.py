@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmkit.model.sampling.chunks import chunks
 from llmkit.model.sampling.draw import block_size_for, draw, most_likely
 from llmkit.model.sampling.edits import SlotEdits
 from llmkit.model.sampling.logprobs import compute_logprobs, to_host
 from llmkit.model.sampling.noise import noise_key, uniforms
-from llmkit.model.sampling.nucleus import Filters, draw_filtered
+from llmkit.model.sampling.nucleus import draw_filtered
 from llmkit.model.sampling.plan import Draws, Group, Plan, Planner, Slot
 from llmkit.model.sampling.sampled import Sampled
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams, TokenLogprobs
 
 
@@ -62,15 +62,12 @@ class Sampler:
         """
         logits = logits.contiguous()
         plan = self._plan_for(slots, positions)
-        parts: list[tuple[Group, tuple[Tensor, Tensor]]] = []
-        if plan.greedy is not None:
-            parts.append((plan.greedy, most_likely(self._rows(plan.greedy, logits, positions, tokens))))
-        parts.extend((draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws)
+        parts = [(group, most_likely(self._rows(group, logits, positions, tokens))) for group in plan.greedy]
+        parts += [(draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws]
         token_ids, evidence = parts[0][1] if len(parts) == 1 else _merge(parts, len(slots), self._device)
-        if plan.logprob_index is None:
+        if not plan.logprob_rows:
             return Sampled(token_ids, evidence)
-        index = plan.logprob_index
-        logprobs = compute_logprobs(logits.index_select(0, index), token_ids.index_select(0, index), max(plan.tops))
+        logprobs = compute_logprobs(logits[plan.logprob_index], token_ids[plan.logprob_index], max(plan.tops))
         return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops)
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Tensor, top: int) -> tuple[TokenLogprobs, ...]:
@@ -99,34 +96,23 @@ class Sampler:
         return state
 
     def _draw(self, draws: Draws, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        group = draws.group
-        here = np.array([positions[row] for row in group.rows], dtype=np.uint64)
-        noise = torch.from_numpy(uniforms(draws.keys, here)).to(self._device)
-        rows = self._rows(group, logits, positions, tokens)
-        slices = chunks(rows)
-        if len(slices) == 1:
-            return self._draw_rows(rows, draws.temperature, draws.filters, noise)
-        parts = [
-            self._draw_rows(rows[part], draws.temperature[part], draws.filters and draws.filters[part], noise[:, part])
-            for part in slices
-        ]
-        return torch.cat([ids for ids, _ in parts]), torch.cat([evidence for _, evidence in parts])
-
-    def _draw_rows(
-        self, rows: Tensor, temperature: Tensor, filters: Filters | None, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if rows.shape[1] == self._width:
-            scaled = rows / temperature
+        here = np.array([positions[row] for row in draws.group.rows], dtype=np.uint64)
+        noise = to_device(torch.from_numpy(uniforms(draws.keys, here)), self._device)
+        rows = self._rows(draws.group, logits, positions, tokens)
+        if not draws.group.is_plain:
+            scaled = rows.div_(draws.temperature)
+        elif self._width == self._vocab_size:
+            scaled = rows / draws.temperature
         else:
             scaled = self._padded(rows)
-            torch.div(rows, temperature, out=scaled[:, : self._vocab_size])
-        if filters is None:
-            return draw(scaled, noise, self._block_size, self._vocab_size)
-        return draw_filtered(scaled, filters, noise[0])
+            torch.div(rows, draws.temperature, out=scaled[:, : self._vocab_size])
+        if draws.filters is not None:
+            return draw_filtered(scaled, draws.filters, noise[0])
+        return draw(scaled, noise, self._block_size, self._vocab_size)
 
     def _rows(self, group: Group, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> Tensor:
         """The group's logits: [G, V] as they came, or an edited copy [G, W]."""
-        rows = logits if group.index is None else logits.index_select(0, group.index)
+        rows = logits[group.index]
         if group.is_plain:
             return rows
         edited = self._padded(rows)

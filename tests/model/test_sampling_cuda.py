@@ -1,0 +1,123 @@
+"""On a GPU: the same definitions, the same independence of the batch, and no step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from llmkit.model.sampling import Sampler
+from llmkit.model.sampling.draw import most_likely
+from llmkit.model.sampling.nucleus import Filters, draw_filtered
+from llmkit.types import SamplingParams
+from tests.model.chisquare import deviation
+
+pytestmark = pytest.mark.cuda
+NUM = 48
+
+EVERYTHING = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=4),
+    SamplingParams(temperature=0.8),
+    SamplingParams(temperature=1.1, logit_bias={3: 1.0}, bad_token_ids=(1, 2), min_tokens=16),
+    SamplingParams(temperature=0.7, top_p=0.9, allowed_token_ids=tuple(range(60))),
+    SamplingParams(top_k=40, min_p=0.02, presence_penalty=0.4, logprobs=0),
+]
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Operations that make the host wait for the device raise."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class Crowd:
+    def __init__(self, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        noise = torch.Generator().manual_seed(vocab_size)
+        self.device = device
+        self.logits = (torch.randn(NUM, vocab_size, generator=noise) * 2).to(dtype).to(device)
+        self.tokens = torch.randint(0, vocab_size, (NUM, 40), generator=noise).to(device)
+
+    def sampler(self, who: list[int]) -> Sampler:
+        sampler = Sampler(self.logits.shape[1], NUM, self.device, frozenset({0}))
+        for slot in who:
+            sampler.set_slot(slot, EVERYTHING[slot % len(EVERYTHING)], slot, 5 + slot % 7)
+        return sampler
+
+    def sample(self, who: list[int]) -> list[int]:
+        return self.sampler(who).sample(self.logits[who], who, [20 + slot % 9 for slot in who], self.tokens).tolist()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(4096, torch.bfloat16), (50257, torch.float32), (333, torch.float16)]
+)
+def test_the_same_request_gets_the_same_token_in_any_batch(
+    gpu: torch.device, vocab_size: int, dtype: torch.dtype
+) -> None:
+    crowd = Crowd(vocab_size, dtype, gpu)
+    together = crowd.sample(list(range(NUM)))
+    order = np.random.default_rng(0)
+    for size in (1, 1, 1, 2, 7, 30, NUM):
+        who = [int(slot) for slot in order.permutation(NUM)[:size]]
+        assert crowd.sample(who) == [together[slot] for slot in who]
+
+
+@pytest.mark.parametrize("vocab_size", [333, 4096, 50257])
+def test_cpu_and_gpu_choose_the_same_tokens(gpu: torch.device, vocab_size: int) -> None:
+    """Up to a draw at the very edge between two tokens."""
+    on_gpu = Crowd(vocab_size, torch.float32, gpu).sample(list(range(NUM)))
+    on_cpu = Crowd(vocab_size, torch.float32, torch.device("cpu")).sample(list(range(NUM)))
+    assert sum(a != b for a, b in zip(on_gpu, on_cpu, strict=True)) <= 1
+
+
+def test_a_step_never_waits_for_the_device(gpu: torch.device, no_waiting: None) -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    crowd, who = Crowd(32000, torch.bfloat16, gpu), list(range(NUM))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    sampler = crowd.sampler(who)
+    sampled = [sampler.sample(crowd.logits, who, [20 + step] * NUM, crowd.tokens) for step in range(3)]
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(len(each.logprobs) == 2 * NUM // len(EVERYTHING) and each.errors == {} for each in sampled)
+
+
+def test_draws_follow_the_softmax(gpu: torch.device) -> None:
+    row = torch.randn(997, generator=torch.Generator().manual_seed(3)) * 2
+    for params in (SamplingParams(temperature=0.7), SamplingParams(temperature=0.7, min_p=1e-12)):
+        sampler = Sampler(997, 256, gpu, frozenset())
+        for slot in range(256):
+            sampler.set_slot(slot, params, slot, 1)
+        logits, tokens = row.to(gpu).repeat(256, 1), torch.zeros(256, 1, dtype=torch.int64, device=gpu)
+        steps = [sampler.sample(logits, list(range(256)), [step] * 256, tokens).tolist() for step in range(1, 151)]
+        counts = np.bincount(np.array(steps).ravel(), minlength=997)
+        assert abs(deviation(counts, (row.double() / 0.7).softmax(-1).numpy())) < 4
+
+
+def test_ties(gpu: torch.device) -> None:
+    logits = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, -1.0], device=gpu).repeat(3000, 1)
+    assert most_likely(logits)[0].unique().tolist() == [1]
+    uniforms = (torch.arange(3000, dtype=torch.float64, device=gpu) / 3000)[:, None]
+    filters = Filters.of([SamplingParams(top_p=0.5)] * 3000, 6, gpu)
+    counts = torch.bincount(draw_filtered(logits, filters, uniforms)[0], minlength=6)
+    assert counts.tolist() == [0, 1500, 0, 1500, 0, 0]
+
+
+def test_broken_rows_are_reported(gpu: torch.device) -> None:
+    for params in EVERYTHING:
+        sampler = Sampler(4096, 4, gpu, frozenset())
+        logits = torch.zeros(4, 4096, device=gpu)
+        logits[1, 17], logits[2], logits[3, 5] = torch.nan, -torch.inf, torch.inf
+        for slot in range(4):
+            sampler.set_slot(slot, params, slot, 2)
+        sampled = sampler.sample(logits, [0, 1, 2, 3], [3] * 4, torch.ones(4, 8, dtype=torch.int64, device=gpu))
+        assert sampled.errors.keys() == {1, 2, 3}
+        assert all(0 <= token < 4096 for token in sampled.tolist())
