@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from llmkit.model.sampling import Sampler
-from llmkit.model.sampling.draw import most_likely
+from llmkit.model.sampling.draw import draw, most_likely
 from llmkit.model.sampling.nucleus import Filters, draw_filtered
 from llmkit.types import SamplingParams
 from tests.model.chisquare import deviation
@@ -32,12 +35,16 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture
+@contextmanager
 def no_waiting() -> Iterator[None]:
-    """Operations that make the host wait for the device raise."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    """Operations inside that make the host wait for the device raise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Crowd:
@@ -79,15 +86,36 @@ def test_cpu_and_gpu_choose_the_same_tokens(gpu: torch.device, vocab_size: int) 
     assert sum(a != b for a, b in zip(on_gpu, on_cpu, strict=True)) <= 1
 
 
-def test_a_step_never_waits_for_the_device(gpu: torch.device, no_waiting: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_a_step_never_waits_for_the_device(gpu: torch.device) -> None:
     crowd, who = Crowd(32000, torch.bfloat16, gpu), list(range(NUM))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    sampler = crowd.sampler(who)
-    sampled = [sampler.sample(crowd.logits, who, [20 + step] * NUM, crowd.tokens) for step in range(3)]
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        sampler = crowd.sampler(who)
+        sampled = [sampler.sample(crowd.logits, who, [20 + step] * NUM, crowd.tokens) for step in range(3)]
     assert all(len(each.logprobs) == 2 * NUM // len(EVERYTHING) and each.errors == {} for each in sampled)
+
+
+def test_draws_can_be_captured_and_replayed_with_new_noise(gpu: torch.device) -> None:
+    noise = torch.Generator().manual_seed(0)
+    scaled = torch.randn(8, 4096, generator=noise).to(gpu)
+    first, second = torch.rand(2, 2, 8, 1, dtype=torch.float64, generator=noise).to(gpu)
+    filters = Filters.of([SamplingParams(top_p=0.9, top_k=100)] * 8, 4096, gpu)
+
+    def step(uniforms: Tensor) -> Tensor:
+        plain, filtered = draw(scaled, uniforms, 64, 4096)[0], draw_filtered(scaled, filters, uniforms[0])[0]
+        return torch.stack([plain, filtered, most_likely(scaled)[0]])
+
+    expected, given = step(second), first.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(given)
+    given.copy_(second)
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 def test_draws_follow_the_softmax(gpu: torch.device) -> None:
