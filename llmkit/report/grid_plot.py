@@ -125,7 +125,7 @@ def caption(result: Mapping[str, Any]) -> str:
     labels = ", ".join(f"{key} {value}" for key, value in result["labels"].items() if key != "workload")
     rounds = result["num_rounds"]
     measured = f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest" if rounds > 1 else "One round"
-    machine = f"{environment['device_name']}, {environment['num_cpus']} cores, {environment['num_threads']} threads"
+    machine = f"{environment['device_name']}, cores: {environment['num_cpus']}, threads: {environment['num_threads']}"
     agreement = f"{100 * result['equal_tokens']:.1f} %"
     return (
         f"{measured}. Greedy, end of text ignored, both arms in one process on the same weights. "

@@ -28,7 +28,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
 def frame(figure: Figure, heading: str, caption: str) -> None:
     """A heading above and a caption below, with room between heading and axes for one line of legend."""
     width, height = figure.get_size_inches()
-    text = textwrap.fill(caption, int(width * 12.5))
+    text = textwrap.fill(caption, int(width * 13.5))
     bottom = (0.2 * len(text.splitlines()) + 0.15) / height
     layout: Any = figure.get_layout_engine()
     layout.set(rect=(0, bottom, 1, 1 - bottom - 0.75 / height))

@@ -62,7 +62,7 @@ def test_axes_start_at_zero_and_carry_units() -> None:
 
 def test_the_caption_says_where_the_numbers_come_from() -> None:
     text = caption(result())
-    for fact in ("median of 3 interleaved rounds", "float32", "2 threads", "torch 2", "embedded", "99.5 %"):
+    for fact in ("median of 3 interleaved rounds", "float32", "threads: 2", "torch 2", "embedded", "99.5 %"):
         assert fact in text
     assert "One round" in caption(result(num_rounds=1))
 
