@@ -32,69 +32,59 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
     axes.text(*middle, text, ha="center", va="bottom", fontsize=8.4, color=EDGE, style="italic")
 
 
-def draw(path: Path) -> None:
-    """The walk of a request through one step, core in blue, plugins in yellow."""
-    figure, axes = pyplot.subplots(figsize=(12.4, 6.4), dpi=150)
-    axes.set(xlim=(0, 15.4), ylim=(0.1, 8.1))
-    axes.axis("off")
-    box(axes, 0.2, 5.6, 2.5, 2.0, "LLM", "tokenise prompts,\nstream text,\ngroup n samples")
-    box(axes, 3.9, 5.6, 3.3, 2.0, "Engine.step", "plan -> launch -> land\nstop checks, outputs,\n0 or 1 step in flight")
-    box(
-        axes,
+BOXES = [
+    (0.2, 5.6, 2.5, 2.0, "LLM", "tokenise prompts,\nstream text,\ngroup n samples", CORE),
+    (3.9, 5.6, 3.3, 2.0, "Engine.step", "plan -> launch -> land\nstop checks, outputs,\n0 or 1 step in flight", CORE),
+    (
         9.0,
         5.6,
         3.0,
         2.0,
         "TorchExecutor",
         "pack inputs, one forward\npass for all rows;\ntokens stay on the device",
-    )
-    box(axes, 12.9, 5.6, 2.3, 2.0, "Sampler", "noise = f(seed,\nposition)")
-    box(
-        axes,
-        3.9,
-        2.9,
-        3.3,
-        1.7,
-        "Planner",
-        "queues, lengths, epochs;\nblocks and slots pinned\nwhile a step names them",
-    )
-    box(axes, 9.0, 2.9, 3.0, 1.7, "Network", "any transformers causal LM;\nfused layers where certified")
-    box(axes, 0.2, 0.4, 2.9, 1.5, "Scheduler", "continuous, priority,\nstatic, sequential", PLUGIN)
-    box(axes, 4.1, 0.4, 2.9, 1.5, "CacheAllocator", "paged, contiguous", PLUGIN)
-    box(axes, 9.0, 0.4, 3.0, 1.5, "AttentionBackend", "sdpa", PLUGIN)
-    box(axes, 12.9, 0.4, 2.3, 1.5, "Observers", "metrics, traces,\nyour hooks", PLUGIN)
-    arrow(axes, (2.7, 6.6), (3.9, 6.6), "requests")
-    arrow(axes, (7.2, 6.9), (9.0, 6.9), "StepPlan (ints)")
-    arrow(axes, (9.0, 6.1), (7.2, 6.1), "token ids, later", 0.08)
-    arrow(axes, (12.0, 6.6), (12.9, 6.6), "logits")
-    arrow(axes, (5.3, 5.6), (5.3, 4.6))
-    arrow(axes, (5.8, 4.6), (5.8, 5.6))
-    arrow(axes, (10.5, 5.6), (10.5, 4.6), "")
-    arrow(axes, (4.0, 2.9), (2.6, 1.9), "")
-    axes.text(
-        1.75,
-        2.35,
-        "schedule(queue, step)\nstep.run / preempt / reject",
-        ha="center",
-        fontsize=8.4,
-        color=EDGE,
-        style="italic",
-    )
-    arrow(axes, (5.55, 2.9), (5.55, 1.9), "")
-    axes.text(5.75, 2.35, "allocate, commit, free", ha="left", fontsize=8.4, color=EDGE, style="italic")
-    arrow(axes, (10.5, 2.9), (10.5, 1.9), "")
-    axes.text(
-        10.7,
-        2.35,
-        "plan once a step,\nforward once a layer",
-        ha="left",
-        va="center",
-        fontsize=8.4,
-        color=EDGE,
-        style="italic",
-    )
-    axes.plot([7.2, 8.2, 8.2, 14.05, 14.05], [5.8, 5.8, 4.85, 4.85, 2.0], color=EDGE, linewidth=1.1, linestyle=":")
-    axes.text(12.75, 4.95, "step and request events", ha="center", fontsize=8.4, color=EDGE, style="italic")
+        CORE,
+    ),
+    (12.9, 5.6, 2.3, 2.0, "Sampler", "noise = f(seed,\nposition)", CORE),
+    (3.9, 2.9, 3.3, 1.7, "Planner", "queues, lengths, epochs;\nblocks and slots pinned\nwhile a step names them", CORE),
+    (9.0, 2.9, 3.0, 1.7, "Network", "any transformers causal LM;\nfused layers where certified", CORE),
+    (0.2, 0.4, 2.9, 1.5, "Scheduler", "continuous, priority,\nstatic, sequential", PLUGIN),
+    (4.1, 0.4, 2.9, 1.5, "CacheAllocator", "paged, contiguous", PLUGIN),
+    (9.0, 0.4, 3.0, 1.5, "AttentionBackend", "sdpa", PLUGIN),
+    (12.9, 0.4, 2.3, 1.5, "Observers", "metrics, traces,\nyour hooks", PLUGIN),
+]
+ARROWS = [
+    ((2.7, 6.6), (3.9, 6.6), "requests"),
+    ((7.2, 6.9), (9.0, 6.9), "StepPlan (ints)"),
+    ((9.0, 6.1), (7.2, 6.1), "token ids, later"),
+    ((12.0, 6.6), (12.9, 6.6), "logits"),
+    ((5.3, 5.6), (5.3, 4.6), ""),
+    ((5.8, 4.6), (5.8, 5.6), ""),
+    ((10.5, 5.6), (10.5, 4.6), ""),
+    ((4.0, 2.9), (2.6, 1.9), ""),
+    ((5.55, 2.9), (5.55, 1.9), ""),
+    ((10.5, 2.9), (10.5, 1.9), ""),
+]
+NOTES = [
+    (1.75, 2.45, "center", "schedule(queue, step)\nstep.run / preempt / reject"),
+    (5.75, 2.4, "left", "allocate, commit, free"),
+    (10.7, 2.4, "left", "plan once a step,\nforward once a layer"),
+    (12.75, 5.0, "center", "step and request events"),
+]
+EVENTS = ([7.2, 8.2, 8.2, 14.05, 14.05], [5.8, 5.8, 4.85, 4.85, 2.0])
+
+
+def draw(path: Path) -> None:
+    """The walk of a request through one step, core in blue, plugins in yellow."""
+    figure, axes = pyplot.subplots(figsize=(12.4, 6.4), dpi=150)
+    axes.set(xlim=(0, 15.4), ylim=(0.1, 8.1))
+    axes.axis("off")
+    for spec in BOXES:
+        box(axes, *spec)
+    for start, end, text in ARROWS:
+        arrow(axes, start, end, text)
+    for x, y, align, text in NOTES:
+        axes.text(x, y, text, ha=align, va="center", fontsize=8.4, color=EDGE, style="italic")
+    axes.plot(*EVENTS, color=EDGE, linewidth=1.1, linestyle=":")
     axes.text(0.2, 7.85, "One step of llmkit", fontsize=13, weight="bold", color=TEXT)
     axes.text(15.2, 7.85, "blue: core (mechanism)    yellow: plugins (choices)", ha="right", fontsize=9.5, color=TEXT)
     figure.savefig(path, bbox_inches="tight", facecolor="white")
