@@ -11,7 +11,7 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.limits import EngineLimits
-from llmkit.engine.memory import choose_num_blocks, free_bytes
+from llmkit.engine.memory import choose_num_blocks
 from llmkit.engine.planner import Planner
 from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError
@@ -20,6 +20,7 @@ from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.model.loading import LoadedModel
+from llmkit.model.memory import free_bytes
 from llmkit.model.network import build_network
 from llmkit.model.sampling import Sampler
 

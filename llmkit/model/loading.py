@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-from llmkit.engine.memory import free_bytes
 from llmkit.errors import CapacityError, ModelError
 from llmkit.model.architecture import Architecture, first_line, inspect_architecture
+from llmkit.model.memory import free_bytes
 from llmkit.model.routing import IMPLEMENTATION
 from llmkit.model.spec import ModelSpec
 
