@@ -65,7 +65,7 @@ def test_both_arms_on_a_real_model_give_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_table_and_picture_are_where_people_look(tmp_path: Path) -> None:
-    outcome, _ = run_on_paper(tmp_path, [], batch_size=[1, 2])
+    outcome, _ = run_on_paper(tmp_path, [], draws=True, batch_size=[1, 2])
     names = {path.name for path in outcome.files}
     assert {"benchmark_grid.png", "result.json"} <= names
     assert outcome.files[0] == tmp_path / "plots" / "benchmark_grid.png"
@@ -116,11 +116,15 @@ class LoggedTarget(FakeTarget):
         return None
 
 
-def run_on_paper(folder: Path, log: list[Any], interrupt_after: int = 0, **options: Any) -> tuple[RunOutcome, str]:
+def run_on_paper(
+    folder: Path, log: list[Any], interrupt_after: int = 0, draws: bool = False, **options: Any
+) -> tuple[RunOutcome, str]:
     plain = fake_target(clock=MonotonicClock())
     target = LoggedTarget(plain.engine, plain.plugin_manager)
     target.log = log
     with pytest.MonkeyPatch.context() as patch:
+        if not draws:
+            patch.setattr("llmkit.report.grid.grid_picture", lambda result: b"not drawn")
         patch.setattr(room, "NaiveBaseline", lambda model, clock: PaperBaseline(log, clock, interrupt_after))
         return run(target, folder, **({"prompt_len": [4], "max_tokens": [3], "batch_size": [1, 2]} | options))
 
