@@ -42,6 +42,7 @@ class ContinuousBatching(Scheduler):
         super().__init__(settings)
         self._max_chunk = getattr(settings, "max_chunk_tokens", 0) or UNLIMITED
         self._preempted: set[RequestView] = set()
+        self._is_empty = True
 
     # The choices -----------------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ class ContinuousBatching(Scheduler):
     def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
         """Continue the running requests, then admit waiting ones while there is room."""
         self._preempted.clear()
+        self._is_empty = not queue.running
         running = self.order_running(queue.running, step.now)
         if self._continue(running, step) and queue.waiting:
             self._admit(queue.waiting, running, step)
@@ -111,7 +113,7 @@ class ContinuousBatching(Scheduler):
         for request in self.order_waiting(waiting, step.now):
             if not self.admit(request, step):
                 continue
-            outcome = step.run(request, self.chunk(request, step))
+            outcome = self._start(request, step)
             if isinstance(outcome, Denied) and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
                 outcome = self._displace(request, running, step, outcome)
             if isinstance(outcome, Grant):
@@ -133,7 +135,15 @@ class ContinuousBatching(Scheduler):
                 break
             candidates.remove(victim)
             self._preempt(victim, step)
-            outcome = step.run(request, self.chunk(request, step))
+            outcome = self._start(request, step)
+        return outcome
+
+    def _start(self, request: RequestView, step: SchedulingStep) -> Grant | Denied:
+        """Admit what can finish its prompt beside the others; what starts sooner is preempted and computed again."""
+        if not self._is_empty and step.num_missing_blocks(request) > step.num_free_blocks:
+            return Denied(DenialReason.NO_BLOCKS)
+        outcome = step.run(request, self.chunk(request, step))
+        self._is_empty = self._is_empty and isinstance(outcome, Denied)
         return outcome
 
     def _choose_victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:

@@ -156,3 +156,17 @@ def test_no_newcomer_takes_the_blocks_a_running_request_waits_for() -> None:
         engine.step()
         taken.append([row.request_id for row in engine.executor.history[-1].scheduled])
     assert taken == [["a"], ["b", "c"], ["b", "c"]]
+
+
+def test_nobody_starts_a_prompt_that_cannot_be_finished_beside_the_others() -> None:
+    """B's first chunk would fit beside A, its whole prompt would not: it waits instead of being computed twice."""
+    engine = engine_of(ContinuousBatching, num_blocks=6, max_chunk_tokens=4)
+    add(engine, "a", num_prompt=4, max_tokens=8)
+    engine.step()
+    add(engine, "b", num_prompt=22, max_tokens=1)
+    recomputed = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.completion is not None:
+                recomputed[output.request_id] = output.completion.metrics.num_recomputed_tokens
+    assert recomputed == {"a": 0, "b": 0}

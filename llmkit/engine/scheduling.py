@@ -40,6 +40,12 @@ class PlannedStep:
     def num_reclaiming_blocks(self) -> int:
         return self._residency.num_reclaiming_blocks
 
+    def num_missing_blocks(self, view: RequestView) -> int:
+        """Blocks still to be found before every known token of a request has its place."""
+        request = view._request
+        reusable = 0 if request.num_blocks else self._residency.allocator.match(request) // self._block_size
+        return max(0, -(-request.num_tokens // self._block_size) - request.num_blocks - reusable)
+
     def run(self, view: RequestView, max_tokens: int) -> Grant | Denied:
         """Grant up to `max_tokens` tokens of a request, admitting it if it waits."""
         request = view._request

@@ -196,6 +196,10 @@ class SchedulingStep(Protocol):
         """Blocks given up but still named by a step in flight; free once it lands."""
         ...
 
+    def num_missing_blocks(self, request: RequestView) -> int:
+        """Blocks it would take, beyond those `request` holds or can reuse, to hold every token known of it."""
+        ...
+
     def run(self, request: RequestView, max_tokens: int) -> Grant | Denied:
         """Run up to `max_tokens` tokens of `request` in this step, admitting it if it waits."""
         ...

@@ -1,4 +1,4 @@
-"""An ordinary plugin object that watches a run through the event hooks. It costs less than half a microsecond a row and step."""
+"""A plugin object that watches a run through the event hooks; it costs under half a microsecond a row and step."""
 
 from __future__ import annotations
 

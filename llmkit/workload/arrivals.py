@@ -23,4 +23,4 @@ def arrival_times(num_requests: int, rate: float, burstiness: float, rng: np.ran
         return np.full(num_requests, duration)
     times *= duration / times[-1]
     times[-1] = duration
-    return times
+    return np.minimum(times, duration)  # rounding may lift others above the last
