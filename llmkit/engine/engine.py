@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,30 @@ from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.executor import Executor, PendingStep
 from llmkit.types import FinishReason, Request, StepPlan, StepResult
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class _InFlight:
     plan: StepPlan
-    pending: PendingStep
     planned_at: float
     launched_at: float
+    pending: PendingStep | None = None
+    fault: BaseException | None = None
+
+    def result(self) -> StepResult:
+        """The step's result; if it failed, one error for each of its rows. A broken invariant is never contained."""
+        try:
+            if self.pending is not None:
+                return self.pending.wait()
+        except Exception as fault:
+            self.fault = fault
+        if isinstance(self.fault, AssertionError):
+            raise self.fault
+        reason = str(self.fault).strip().partition("\n")[0]
+        message = f"the step failed: {type(self.fault).__name__}{': ' if reason else ''}{reason}"
+        log.error(message, exc_info=self.fault)
+        return StepResult(self.plan.step_id, (), errors=dict.fromkeys(range(len(self.plan.scheduled)), message))
 
 
 @dataclass(slots=True)
@@ -63,22 +81,36 @@ class Engine:
                 self._finish(request, FinishReason.ABORT)
 
     def step(self) -> list[StepOutput]:
-        """Plan a step, launch it, then take in the oldest result once more than `depth` steps are in flight."""
+        """Plan a step, launch it, then take in the oldest results until at most `depth` steps are in flight."""
         planned_at = self.clock.now()
         plan, rejected = self.planner.plan(planned_at)
         for request, reason in rejected.items():
             self._finish(request, FinishReason.ERROR, reason)
         if plan is not None:
-            launched_at = self.clock.now()
-            self._in_flight.append(_InFlight(plan, self.executor.launch(plan), planned_at, launched_at))
-        if self._in_flight and (plan is None or len(self._in_flight) > self.depth):
+            self._launch(plan, planned_at)
+        has_failed = bool(self._in_flight) and self._in_flight[-1].fault is not None
+        # Nothing may be launched behind a failed step: it would read what that one did not write.
+        num_to_keep = 0 if plan is None or has_failed else self.depth
+        while len(self._in_flight) > num_to_keep:
             self._land(self._in_flight.popleft())
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def _launch(self, plan: StepPlan, planned_at: float) -> None:
+        """A launch that fails lands like any other step, and ends the requests it ran; an interrupt goes on up."""
+        step = _InFlight(plan, planned_at, self.clock.now())
+        self._in_flight.append(step)
+        try:
+            step.pending = self.executor.launch(plan)
+        except Exception as fault:
+            step.fault = fault
+        except BaseException as fault:
+            step.fault = fault
+            raise
+
     def _land(self, step: _InFlight) -> None:
         """Advance lengths, append tokens, check stops, tell the observers."""
-        result = step.pending.wait()
+        result = step.result()
         landed_at = self.clock.now()
         if self.hooks is None:
             self._take_in(step.plan, result, landed_at)
@@ -102,7 +134,7 @@ class Engine:
 
     def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
         new_tokens: dict[str, int] = {}
-        for row, request in enumerate(self.planner.land(plan)):
+        for row, request in enumerate(self.planner.land(plan, result.errors)):
             if request is None:
                 continue
             progress = self._progress[request.request_id]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
 from llmkit.errors import RequestError
@@ -101,11 +103,11 @@ class Planner:
         first, request.num_sent_blocks = request.num_sent_blocks, request.num_blocks
         return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
 
-    def land(self, plan: StepPlan) -> list[Request | None]:
-        """A step has run: its rows' KV is valid. Stale rows (preempted or finished since) give None."""
+    def land(self, plan: StepPlan, failed_rows: Container[int] = ()) -> list[Request | None]:
+        """A step has run: its rows' KV is valid, but for failed ones. Stale rows (preempted, finished) give None."""
         landed: list[Request | None] = []
         requests, commit = self.requests, self.allocator.commit
-        for request_id, _, start, num_tokens, samples, epoch in plan.scheduled:
+        for row, (request_id, _, start, num_tokens, samples, epoch) in enumerate(plan.scheduled):
             request = requests.get(request_id)
             if request is None or request.epoch != epoch:
                 landed.append(None)
@@ -113,7 +115,8 @@ class Planner:
             request.num_in_flight_tokens -= num_tokens
             request.num_pending_samples -= samples
             request.num_computed_tokens = start + num_tokens
-            commit(request, start + num_tokens)
+            if row not in failed_rows:
+                commit(request, start + num_tokens)
             landed.append(request)
         self._residency.land(plan.step_id)
         return landed

@@ -21,6 +21,25 @@ from llmkit_schedulers.continuous import Continuous
 VOCAB, EOS = 50, frozenset({7})
 
 
+class Faulty:
+    """Passes plans on; raises `error` in launch, or in wait, of the step numbered `when`."""
+
+    def __init__(self, executor: FakeExecutor, when: int, error: BaseException, at_launch: bool) -> None:
+        self.executor, self.when, self.error, self.at_launch = executor, when, error, at_launch
+        self.num_launched = 0
+
+    def launch(self, plan: Any) -> Any:
+        self.num_launched += 1
+        is_faulty = self.num_launched == self.when
+        if is_faulty and self.at_launch:
+            raise self.error
+        pending = self.executor.launch(plan)
+        return self if is_faulty else pending
+
+    def wait(self) -> Any:
+        raise self.error
+
+
 class Observer:
     """Keeps every event."""
 
@@ -233,3 +252,48 @@ def test_latency_starts_at_the_scheduled_arrival() -> None:
     engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), arrival_time=4.0))
     metrics = drain(engine)["a"].metrics
     assert (metrics.ttft, metrics.e2el) == (6.0, 8.0)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("at_launch", [True, False], ids=["launch", "wait"])
+@pytest.mark.parametrize("when", [1, 2, 4])
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(depth: int, at_launch: bool, when: int) -> None:
+    engine = build(depth, max_num_seqs=2)
+    engine.executor = Faulty(engine.executor, when, MemoryError("no room\nat all"), at_launch)  # type: ignore[arg-type]
+    requests = [request(str(n), seed=n, max_tokens=6, ignore_eos=True) for n in range(5)]
+    expected = {one.request_id: wanted(one) for one in requests}
+    for one in requests:
+        engine.add(one)
+    completions = drain(engine)
+    failed = {name for name, c in completions.items() if c.finish_reason is FinishReason.ERROR}
+    assert 1 <= len(failed) <= 2
+    assert {completions[name].error for name in failed} == {"the step failed: MemoryError: no room"}
+    others = {name: (c.token_ids, c.finish_reason) for name, c in completions.items() if name not in failed}
+    assert others == {name: expected[name] for name in expected if name not in failed}
+    assert engine.planner.allocator.stats().num_used_blocks == 0
+    assert engine.planner.num_running == engine.planner.num_waiting == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_interrupt_in_a_launch_goes_up_and_leaks_nothing(depth: int) -> None:
+    engine = build(depth)
+    engine.executor = Faulty(engine.executor, 2, KeyboardInterrupt(), at_launch=True)  # type: ignore[arg-type]
+    engine.add(request("a", max_tokens=6, ignore_eos=True))
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    engine.abort(["a"])
+    drain(engine)
+    assert engine.planner.allocator.stats().num_used_blocks == 0
+    one = request("b", max_tokens=6, ignore_eos=True)
+    expected = wanted(one)
+    engine.add(one)
+    completion = drain(engine)["b"]
+    assert (completion.token_ids, completion.finish_reason) == expected
+
+
+def test_a_broken_invariant_is_not_contained() -> None:
+    engine = build()
+    engine.executor = Faulty(engine.executor, 1, AssertionError("slots disagree"), at_launch=False)  # type: ignore[arg-type]
+    engine.add(request("a"))
+    with pytest.raises(AssertionError, match="slots disagree"):
+        drain(engine)
