@@ -197,12 +197,24 @@ def test_ctrl_c_is_noticed_while_waiting_for_an_arrival() -> None:
 
 
 def test_a_fault_of_the_engine_is_raised_and_what_was_open_is_counted() -> None:
-    target = fake_target(cost=_Raising(RuntimeError("device lost"), after=1))
+    target = fake_target(cost=_Raising(AssertionError("slots disagree"), after=1))
     recorder = MetricsRecorder()
-    with pytest.raises(RuntimeError, match="device lost"):
+    with pytest.raises(AssertionError, match="slots disagree"):
         run_workload(target, some([0.0], max_tokens=9), GREEDY, recorder)
     assert recorder.requests["w0"].finish_reason == "abort"
     assert recorder.duration == 1.0
+
+
+def test_a_step_that_fails_counts_its_requests_as_failed_and_the_run_goes_on() -> None:
+    def cost(plan: StepPlan) -> float:
+        if plan.step_id == 1:
+            raise RuntimeError("device lost")
+        return 1.0
+
+    recorder = MetricsRecorder()
+    run_workload(fake_target(cost=cost), some([0.0, 30.0], max_tokens=9), GREEDY, recorder)
+    assert recorder.requests["w0"].error == "the step failed: RuntimeError: device lost"
+    assert recorder.requests["w1"].finish_reason == "length"
 
 
 def test_a_scheduler_that_runs_nothing_is_named_instead_of_spun_on() -> None:
