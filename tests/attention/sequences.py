@@ -1,0 +1,146 @@
+"""Sequences in a scrambled block pool, and what attention over them must give, computed densely in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
+
+CPU = torch.device("cpu")
+GARBAGE = 1e4
+
+Rows = Sequence[tuple[str, int]]
+"""(sequence, number of new tokens) of every row of a step."""
+
+
+def dense(spec: LayerSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of the last n tokens of a sequence over all S: [n, H, D] and [S, Hkv, D] -> [n, H, D], float64."""
+    ratio, num_new = spec.num_heads // spec.num_kv_heads, len(query)
+    key, value = (tensor.double().repeat_interleave(ratio, dim=1) for tensor in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    keys = torch.arange(len(key))
+    for new in range(num_new):
+        last = len(key) - num_new + new
+        first = 0 if spec.window is None else last + 1 - spec.window
+        scores[:, new, (keys < first) | (keys > last)] = float("-inf")
+    return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), value)
+
+
+@dataclass
+class Stored:
+    """One sequence: its blocks, and the keys and values of every layer, each [length, Hkv, D]."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    blocks: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class Sequences:
+    """Grows sequences step by step through a backend. Every slot of the pool holds large garbage before it is used,
+    and block-table entries behind a row's own blocks name blocks of others."""
+
+    def __init__(
+        self,
+        backend: type[AttentionBackend],
+        layers: Sequence[LayerSpec],
+        dtype: torch.dtype = torch.float64,
+        block_size: int = 4,
+        num_blocks: int = 48,
+        seed: int = 0,
+    ) -> None:
+        name = str(dtype).removeprefix("torch.")
+        self.requirements = AttentionRequirements("cpu", name, block_size, tuple(layers))
+        assert backend.check(self.requirements) == []
+        self.backend = backend(backend.Settings(), self.requirements, dtype, CPU)
+        self.backend.allocate(num_blocks)
+        self.dtype, self.num_blocks = dtype, num_blocks
+        self.stored: dict[str, Stored] = {}
+        self._random, self._generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self._free = list(range(num_blocks))
+        self._spill()
+        self._random.shuffle(self._free)
+
+    def free(self, name: str) -> None:
+        """End a sequence; its blocks go to others with what they hold."""
+        self._free += self.stored.pop(name).blocks
+        self._random.shuffle(self._free)
+
+    def step(self, rows: Rows, slack: int = 0) -> float:
+        """Run a step in every layer; the largest absolute error. Host lengths are `slack` above the exact ones."""
+        for name, num_new in rows:
+            self._grow(name, num_new)
+        self.backend.plan(self.batch(rows, slack))
+        return max(self._attend(layer, rows) for layer in range(len(self.requirements.layers)))
+
+    def batch(self, rows: Rows, slack: int = 0) -> AttentionBatch:
+        """The step as the engine would describe it, after its sequences have grown."""
+        block_size = self.requirements.block_size
+        lens = [num_new for _, num_new in rows]
+        sequences = [self.stored[name] for name, _ in rows]
+        seq_lens = [sequence.length for sequence in sequences]
+        host = [min(length + slack, self.num_blocks * block_size) for length in seq_lens]
+        width = -(-max(host) // block_size)
+        positions = [p for s, n in zip(sequences, lens, strict=True) for p in range(s.length - n, s.length)]
+        owners = [s for s, n in zip(sequences, lens, strict=True) for _ in range(n)]
+        slots = [
+            s.blocks[p // block_size] * block_size + p % block_size for s, p in zip(owners, positions, strict=True)
+        ]
+        strangers = [self._random.choices(range(self.num_blocks), k=width) for _ in rows]
+        table = [(s.blocks + other)[:width] for s, other in zip(sequences, strangers, strict=True)]
+        return AttentionBatch(
+            query_start_loc=torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            positions=torch.tensor(positions),
+            block_table=torch.tensor(table, dtype=torch.int32),
+            slot_mapping=torch.tensor(slots),
+            max_query_len=max(lens),
+            max_seq_len=max(host),
+            query_lens=tuple(lens),
+            host_seq_lens=tuple(host),
+        )
+
+    def draw(self, layer: int, num_tokens: int) -> Iterable[torch.Tensor]:
+        """Random query, key and value, strided as slices of a merged projection are."""
+        spec = self.requirements.layers[layer]
+        shape = (num_tokens, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        merged = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(self.dtype)
+        return merged.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+
+    def _attend(self, layer: int, rows: Rows) -> float:
+        lens = [num_new for _, num_new in rows]
+        query, key, value = self.draw(layer, sum(lens))
+        out = self.backend.forward(layer, query, key, value)
+        assert out.shape == query.shape and out.dtype is self.dtype and out.is_contiguous()
+        error = 0.0
+        splits = (tensor.split(lens) for tensor in (query, key, value, out))
+        for (name, _), q, k, v, got in zip(rows, *splits, strict=True):
+            layers = self.stored[name].layers
+            layers[layer] = torch.cat([layers[layer][0], k]), torch.cat([layers[layer][1], v])
+            error = max(error, float((got - dense(self.requirements.layers[layer], q, *layers[layer])).abs().max()))
+        return error
+
+    def _grow(self, name: str, num_new: int) -> None:
+        layers = self.requirements.layers
+        empty = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=self.dtype) for s in layers]
+        sequence = self.stored.setdefault(name, Stored([(none, none) for none in empty]))
+        sequence.length += num_new
+        while len(sequence.blocks) * self.requirements.block_size < sequence.length:
+            sequence.blocks.append(self._free.pop())
+
+    def _spill(self) -> None:
+        """Write garbage into every slot, by sequences of one block that end at once."""
+        rows = [(f"garbage {n}", self.requirements.block_size) for n in range(self.num_blocks)]
+        for name, num_tokens in rows:
+            self._grow(name, num_tokens)
+        self.backend.plan(self.batch(rows))
+        for layer in range(len(self.requirements.layers)):
+            query, key, value = self.draw(layer, self.num_blocks * self.requirements.block_size)
+            self.backend.forward(layer, query, GARBAGE * key, GARBAGE * value)
+        for name, _ in rows:
+            self.free(name)
