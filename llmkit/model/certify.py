@@ -19,8 +19,10 @@ from llmkit.model.routing import Route, routed
 
 NUM_TOKENS = 24
 LAYER_TOLERANCE = 1e-4
-NETWORK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Transformers' norms round through float32 even in float64 models, so float64 agrees no better than that."""
+NETWORK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
+"""Of the logits' norm. Transformers' norms round through float32 even in float64 models, so float64 agrees no better
+than that. In half precision two right networks of noisy weights differ by up to 0.06 (bfloat16) or 0.008 (float16);
+a factor 2 or 1.5 outside the layers makes 0.2 and more. The layers have been held to `LAYER_TOLERANCE` before."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
 
@@ -63,7 +65,9 @@ def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
     decoder: Any = model.module.model
     positions = _positions(max_model_len, model.device)
     hidden_size = decoder.embed_tokens.weight.shape[1]
-    hidden = torch.randn(len(positions), hidden_size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    hidden = torch.randn(len(positions), hidden_size, generator=torch.Generator().manual_seed(0))
+    # Norms hide the scale of their input unless it is near their epsilon: from 1e-3 up, both are seen.
+    hidden = (hidden * torch.logspace(-3, 0, len(positions))[:, None]).to(model.device)
     cos, sin = decoder.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0))
     table = rotary_table(decoder.rotary_emb, positions, hidden)
     for index, (layer, spec) in enumerate(zip(decoder.layers, model.architecture.layers.values(), strict=True)):

@@ -34,14 +34,30 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 
 def merge(projections: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stack the weights and biases of linear modules, and make the modules' weights views of the stack."""
-    weight = torch.cat([p.weight for p in projections])
-    parts = torch.split(weight, [p.weight.shape[0] for p in projections])
-    for projection, part in zip(projections, parts, strict=True):
-        projection.weight = torch.nn.Parameter(part, requires_grad=False)
+    """Stack the weights and biases of linear modules, and make the modules' weights views of the stack.
+
+    Weights that are views of such a stack already, made for another engine on the same model, are not copied again.
+    """
+    weights = [projection.weight for projection in projections]
+    weight = _stack_of(weights)
+    if weight is None:
+        weight = torch.cat(weights)
+        for projection, part in zip(projections, torch.split(weight, [len(w) for w in weights]), strict=True):
+            projection.weight = torch.nn.Parameter(part, requires_grad=False)
     if projections[0].bias is None:
         return weight, None
     return weight, torch.cat([p.bias for p in projections])
+
+
+def _stack_of(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """The matrix whose rows `weights` already are, without gaps and in this order, if there is one."""
+    end = weights[0].data_ptr()
+    storage = weights[0].untyped_storage().data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+    return weights[0].as_strided((sum(len(weight) for weight in weights), weights[0].shape[1]), weights[0].stride())
 
 
 def _packs(weight: torch.Tensor) -> bool:
