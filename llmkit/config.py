@@ -90,7 +90,7 @@ def choose(registry: Registry, kind: str, value: str | Mapping[str, Any] | Choic
     """Resolve `"paged"` or `{"name": "paged", option: value}`; ConfigError names the key and what is allowed."""
     if isinstance(value, Choice):
         return value
-    options: dict[str, Any] = {"name": value} if isinstance(value, str) else dict(value)
+    options: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"{kind}: give a name (choices: {', '.join(registry.names(kind))})")

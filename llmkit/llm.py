@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llmkit.engine.progress import Progress
 from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError
 from llmkit.interfaces.clock import Clock
+from llmkit.model.architecture import first_line
 from llmkit.model.loading import LoadedModel, load_model
 from llmkit.model.spec import ModelSpec
 from llmkit.outputs import Collector, StreamOutput
@@ -24,6 +26,9 @@ from llmkit.types import Request, RequestOutput, SamplingParams
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""One for all prompts, one for each, or the defaults."""
+Encode = Callable[[Any], list[int]]
 Named = str | Mapping[str, Any] | Choice
 """A component: its name, `{"name": ..., option: ...}`, or a validated `Choice`."""
 
@@ -43,19 +48,19 @@ class LLM:
         cache: Named = "paged",
         attention: Named = "auto",
         *,
-        engine: EngineSettings | None = None,
+        engine: EngineSettings | Mapping[str, Any] | None = None,
         plugins: Sequence[object] = (),
         clock: Clock | None = None,
         **engine_options: Any,
     ) -> None:
         if engine is not None and engine_options:
             raise ConfigError(f"give engine settings or keywords, not both: {', '.join(engine_options)}")
-        self.settings = engine or validate(EngineSettings, engine_options, "engine")
+        self.settings = validate(EngineSettings, engine_options if engine is None else engine, "engine")
         self.registry, self.plugin_manager = load_plugins(plugins)
         chosen_scheduler = choose(self.registry, "scheduler", scheduler)
         chosen_cache = choose(self.registry, "cache", cache)
         chosen_attention = choose(self.registry, "attention", attention)
-        self.model = model if isinstance(model, LoadedModel) else self._load(model)
+        self.model = self._given(model) if isinstance(model, LoadedModel) else self._load(model)
         backend_name = self._attention_name(chosen_attention.name)
         backend = self.registry.get("attention", backend_name)
         backend_settings = chosen_attention.settings if chosen_attention.name != "auto" else backend.settings()
@@ -72,6 +77,19 @@ class LLM:
             clock,
         )
         self._num_requests = 0
+        self._collectors: list[Collector] = []
+
+    def _given(self, model: LoadedModel) -> LoadedModel:
+        """Refuse settings that would have loaded it differently."""
+        dtype, device = self.settings.dtype, self.settings.device
+        if dtype != "auto" and getattr(torch, dtype) != model.dtype:
+            loaded = str(model.dtype).removeprefix("torch.")
+            raise ConfigError(f"engine.dtype={dtype}: the given model {model.name!r} is loaded in {loaded}")
+        if device not in ("auto", model.device.type):
+            raise ConfigError(
+                f"engine.device={device}: the given model {model.name!r} is loaded on {model.device.type}"
+            )
+        return model
 
     def _load(self, model: Named | ModelSpec) -> LoadedModel:
         spec = model
@@ -96,54 +114,57 @@ class LLM:
             raise ConfigError(f"attention=auto: no installed backend bids for {requirements.device}")
         return str(bid)
 
-    def generate(
-        self, prompts: Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, sampling_params: Params = None) -> list[RequestOutput]:
         """Complete every prompt; outputs come in input order.
 
         A prompt that cannot run comes back with `finish_reason` "error" and the reason; its neighbours are unaffected.
+        RequestError, and nothing runs, if the arguments are no prompts or parameters at all.
         """
-        collector = self._submit(prompts, sampling_params)
-        self._run(collector)
-        return collector.outputs()
+        return self._complete(as_batch(prompts), sampling_params, self.encode)
 
-    def stream(
-        self, prompts: Prompts, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[StreamOutput]:
-        """Like `generate`, but yields every increment as soon as it is known; the last of each has a finish_reason."""
-        collector = self._submit(prompts, sampling_params)
-        yield from collector.rejected()
-        try:
+    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamOutput]:
+        """Like `generate`, but yields every increment as soon as it is known; the last of each has a finish_reason.
+
+        Several streams and `generate` calls may take turns. Closing the iterator aborts what is left.
+        """
+        with self._collecting(as_batch(prompts), sampling_params, self.encode, streams=True) as collector:
+            yield from collector.increments()
             while collector.is_open:
-                for output in self.engine.step():
-                    yield from collector.take(output)
-        finally:
-            self.engine.abort(collector.open_ids)
+                self._step()
+                yield from collector.increments()
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
     ) -> list[RequestOutput]:
         """`generate` for one conversation, or a list of them, through the model's chat template."""
-        tokenizer = self._tokenizer()
-        if not getattr(tokenizer, "chat_template", None):
+        if not getattr(self._tokenizer(), "chat_template", None):
             raise ModelError(f"model {self.model.name!r} has no chat template; use generate")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            tokenizer.apply_chat_template(list(c), add_generation_prompt=True, tokenize=True, return_dict=False)
-            for c in conversations
-        ]
-        return self.generate(prompts, sampling_params)
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        return self._complete([messages] if is_one else list(messages), sampling_params, self._encode_chat)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; RequestError if it is neither text nor integers."""
         if isinstance(prompt, str):
-            return list(self._tokenizer().encode(prompt))
-        token_ids = list(prompt)
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in token_ids):
+            try:
+                return list(self._tokenizer().encode(prompt))
+            except ModelError:
+                raise
+            except Exception as error:
+                raise RequestError(f"the prompt cannot be encoded: {first_line(error)}") from error
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(_is_id, prompt)):
             raise RequestError("a prompt is a string or a list of token ids")
-        return token_ids
+        return [int(token) for token in prompt]
+
+    def _encode_chat(self, conversation: Any) -> list[int]:
+        tokenizer = self._tokenizer()
+        try:
+            messages = [dict(message) for message in conversation]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            return list(tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:
+            raise RequestError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
     def naive_model(self) -> Any:
         """A plain transformers model over the same weights, for comparisons."""
@@ -154,61 +175,88 @@ class LLM:
             raise ModelError(f"model {self.model.name!r} has no tokenizer; give prompts as token ids")
         return self.model.tokenizer
 
-    def _submit(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None) -> Collector:
-        batch = as_batch(prompts)
-        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(batch):
-            raise RequestError(f"{len(batch)} prompts but {len(each)} sampling parameters")
-        collector = Collector()
-        for prompt, param in zip(batch, each, strict=True):
-            self._add(collector, prompt, param)
-        return collector
+    def _complete(self, batch: Sequence[Any], params: Params, encode: Encode) -> list[RequestOutput]:
+        with self._collecting(batch, params, encode) as collector:
+            while collector.is_open:
+                self._step()
+            return collector.outputs()
 
-    def _add(self, collector: Collector, prompt: Prompt, params: SamplingParams) -> None:
+    def _step(self) -> None:
+        """One step of the engine; what came of it goes to whoever asked, also to streams that pause just now."""
+        for output in self.engine.step():
+            for collector in self._collectors:
+                collector.take(output)
+
+    @contextmanager
+    def _collecting(
+        self, batch: Sequence[Any], params: Params, encode: Encode, streams: bool = False
+    ) -> Iterator[Collector]:
+        """Queue a batch; whatever has not ended when the block is left is aborted, and its blocks come back."""
+        each = as_params(params, len(batch))
+        collector = Collector(streams)
+        self._collectors.append(collector)
+        try:
+            for prompt, param in zip(batch, each, strict=True):
+                self._add(collector, prompt, param, encode)
+            yield collector
+        finally:
+            self._collectors.remove(collector)
+            self.engine.abort(collector.open_ids)
+            while not self.engine.planner.requests and self.engine.has_unfinished:
+                self.engine.step()
+
+    def _add(self, collector: Collector, prompt: Any, params: SamplingParams, encode: Encode) -> None:
         """Queue the `n` samples of one prompt, all or none."""
         now = self.engine.clock.now()
-        text = prompt if isinstance(prompt, str) else None
-        try:
-            token_ids = self.encode(prompt)
-        except (RequestError, ModelError) as error:
-            collector.reject(text, (), params.n, str(error), now)
-            return
+        text, token_ids = prompt if isinstance(prompt, str) else None, []
         number = self._num_requests
         self._num_requests += 1
         progresses = []
-        for index in range(params.n):
-            seed = sample_seed(self.settings.seed, number, params.seed, index)
-            request = Request(f"{number}-{index}", list(token_ids), params, arrival_time=now, seed=seed)
-            progress = Progress(request, self.engine.limits.eos_token_ids, self._detokenizer(token_ids), index)
-            try:
+        try:
+            token_ids = encode(prompt)
+            for index in range(params.n):
+                seed = sample_seed(self.settings.seed, number, params.seed, index)
+                request = Request(f"{number}-{index}", list(token_ids), params, arrival_time=now, seed=seed)
+                detokenizer = self._detokenizer(token_ids, params)
+                progress = Progress(request, self.engine.limits.eos_token_ids, detokenizer, index)
                 self.engine.add(request, progress)
-            except RequestError as error:
-                collector.reject(text, tuple(token_ids), params.n, str(error), now)
-                return
-            progresses.append(progress)
-        collector.expect(text, tuple(token_ids), progresses)
+                progresses.append(progress)
+        except (RequestError, ModelError) as error:
+            collector.reject(text, tuple(token_ids), params.n, str(error), now)
+        else:
+            collector.expect(text, tuple(token_ids), progresses)
 
-    def _detokenizer(self, prompt_token_ids: list[int]) -> StreamDetokenizer | None:
+    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> StreamDetokenizer | None:
         backend = getattr(self.model.tokenizer, "backend_tokenizer", None)
+        if backend is None and params.stop:
+            raise RequestError(f"model {self.model.name!r} has no tokenizer; stop strings need one")
         return None if backend is None else StreamDetokenizer(backend, prompt_token_ids)
 
-    def _run(self, collector: Collector) -> None:
-        try:
-            while collector.is_open:
-                for output in self.engine.step():
-                    for _ in collector.take(output):
-                        pass
-        finally:
-            self.engine.abort(collector.open_ids)
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool)
 
 
-def as_batch(prompts: Prompts) -> list[Prompt]:
-    """One prompt or many -> a list of prompts."""
+def as_batch(prompts: Prompts) -> list[Any]:
+    """One prompt or many -> a list of prompts, not checked one by one. RequestError if it is neither."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Sequence):
+        kind = type(prompts).__name__
+        raise RequestError(f"prompts are a string, a list of token ids or a list of those, not {kind}")
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+
+
+def as_params(params: Params, num_prompts: int) -> list[SamplingParams]:
+    """One set of parameters per prompt. RequestError if there is another number of them, or something else."""
+    each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * num_prompts
+    for param in each:
+        if not isinstance(param, SamplingParams):
+            kind = type(param).__name__
+            raise RequestError(f"sampling parameters are a SamplingParams or a list of them, not {kind}")
+    if len(each) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts but {len(each)} sampling parameters")
+    return each
 
 
 def sample_seed(engine_seed: int, number: int, seed: int | None, index: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,11 @@ class _Expected:
 
 
 class Collector:
-    """The prompts of one call, in order, and what has come back of them."""
+    """The prompts of one call, in order, and what has come back of them; if it `streams`, also piece by piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: bool = False) -> None:
+        self._streams = streams
+        self._increments: deque[StreamOutput] = deque()
         self._prompts: list[_Expected] = []
         self._open: dict[str, tuple[int, int]] = {}
 
@@ -55,16 +58,12 @@ class Collector:
         """The next prompt cannot run."""
         metrics = RequestMetrics(arrival_time=now, finished_time=now)
         completions = {i: Completion(i, "", (), FinishReason.ERROR, None, metrics, error) for i in range(n)}
+        if self._streams:
+            number = len(self._prompts)
+            self._increments.extend(StreamOutput(number, i, (), "", FinishReason.ERROR, error) for i in range(n))
         self._prompts.append(_Expected(prompt, token_ids, (), completions))
 
-    def rejected(self) -> Iterator[StreamOutput]:
-        """Increments of the prompts that cannot run."""
-        for number, expected in enumerate(self._prompts):
-            for completion in expected.completions.values():
-                if completion.error is not None:
-                    yield StreamOutput(number, completion.index, (), "", completion.finish_reason, completion.error)
-
-    def take(self, output: StepOutput) -> Iterator[StreamOutput]:
+    def take(self, output: StepOutput) -> None:
         """Take in one engine output; sequences of other callers are left alone."""
         where = self._open.get(output.request_id)
         if where is None:
@@ -72,7 +71,14 @@ class Collector:
         if output.completion is not None:
             del self._open[output.request_id]
             self._prompts[where[0]].completions[where[1]] = output.completion
-        yield StreamOutput(*where, output.token_ids, output.text, output.finish_reason, output.error)
+        if self._streams:
+            tokens, text, reason = output.token_ids, output.text, output.finish_reason
+            self._increments.append(StreamOutput(*where, tokens, text, reason, output.error))
+
+    def increments(self) -> Iterator[StreamOutput]:
+        """What has come and was not handed out yet, oldest first."""
+        while self._increments:
+            yield self._increments.popleft()
 
     def outputs(self) -> list[RequestOutput]:
         """One output per prompt, in input order."""

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,34 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def make_llm() -> Iterator[Callable[..., Any]]:
+    """`make_llm(model, ...)` is `LLM(...)` in float64 with small blocks, by default over a tiny llama of token ids.
+
+    After the test every one that was made must have given back all blocks and slots.
+    """
+    from llmkit import LLM
+    from tests.tiny_llm import BLOCK_SIZE, check_nothing_left, tiny
+
+    made = []
+
+    def make(model: Any = None, **options: Any) -> LLM:
+        llm = LLM(model or tiny(), **{"dtype": "float64", "block_size": BLOCK_SIZE, **options})
+        made.append(llm)
+        return llm
+
+    yield make
+    for llm in made:
+        check_nothing_left(llm)
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The `model` argument of a checkpoint with a tokenizer, see `tests.tiny_llm.SCRIPT`."""
+    from tests.tiny_llm import save_speaking_model
+
+    folder = tmp_path_factory.mktemp("speaker")
+    save_speaking_model(folder)
+    return {"name": "hf", "path": str(folder)}

@@ -15,7 +15,11 @@ class StreamDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream: Any = DecodeStream(ids=prompt_token_ids[-NUM_CONTEXT_TOKENS:], skip_special_tokens=True)
+        context = prompt_token_ids[-NUM_CONTEXT_TOKENS:]
+        self._stream: Any = DecodeStream(ids=context, skip_special_tokens=True)
+        # A context that ends inside a character does not count as seen: the stream repeats it with its first piece.
+        seen = tokenizer.decode(context, skip_special_tokens=True)
+        self._repeated = seen if seen.endswith("\ufffd") else ""
         self._held: list[int] = []
 
     def step(self, token_id: int) -> str:
@@ -25,9 +29,16 @@ class StreamDetokenizer:
             self._held.append(token_id)
             return ""
         self._held.clear()
-        return str(text)
+        first, self._repeated = _num_common(self._repeated, text), ""
+        return str(text)[first:]
 
     def flush(self) -> str:
         """What was held back, incomplete characters as U+FFFD."""
         held, self._held = self._held, []
         return str(self._tokenizer.decode(held, skip_special_tokens=True)) if held else ""
+
+
+def _num_common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -11,14 +11,12 @@ def choose_num_blocks(asked: int | None, useful: int, block_bytes: int, budget: 
     Raises CapacityError when the asked number, or even one block, needs more than the `free` bytes.
     """
     fits = free // block_bytes
-    if asked is not None:
-        if asked > fits:
-            raise CapacityError(
-                f"engine.num_blocks={asked} needs {asked * block_bytes / 2**30:.2f} GiB of KV cache, "
-                f"but {free / 2**30:.2f} GiB are free: num_blocks={fits} would fit"
-            )
-        return asked
-    num_blocks = min(useful, budget // block_bytes, fits)
+    if asked is not None and 0 < fits < asked:
+        raise CapacityError(
+            f"engine.num_blocks={asked} needs {asked * block_bytes / 2**30:.2f} GiB of KV cache, "
+            f"but {free / 2**30:.2f} GiB are free: num_blocks={fits} would fit"
+        )
+    num_blocks = min(useful, budget // block_bytes, fits) if asked is None else min(asked, fits)
     if num_blocks < 1:
         raise CapacityError(
             f"no room for a KV cache: one block takes {block_bytes / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "

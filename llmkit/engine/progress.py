@@ -41,6 +41,7 @@ class Progress:
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self._detokenizer = detokenizer
         self._stop = params.stop if detokenizer is not None else ()
+        self._is_cut = False
         self._holdback = max((len(stop) - 1 for stop in self._stop), default=0)
         self._num_emitted_chars = 0
         self._num_emitted_tokens = 0
@@ -75,7 +76,8 @@ class Progress:
         ends = [at for stop, start in starts if (at := self.text.find(stop, start)) >= 0]
         if ends:
             self.text = self.text[: min(ends)]
-        return bool(ends)
+        self._is_cut = bool(ends)
+        return self._is_cut
 
     def add_prompt_logprobs(self, start: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
         """Log-probabilities of the prompt tokens after position `start`; recomputed ones replace the first."""
@@ -92,7 +94,7 @@ class Progress:
     def finish(self, reason: FinishReason, error: str | None, now: float) -> StepOutput:
         """The last output, with the whole completion."""
         self._finished_time = now
-        if self._detokenizer is not None and reason is not FinishReason.STOP:
+        if self._detokenizer is not None and not self._is_cut:
             self.text += self._detokenizer.flush()
         self._holdback = 0
         output = self.take_output()
