@@ -109,6 +109,13 @@ def test_samples_are_distinct_and_the_first_is_that_of_n_1(make_llm: MakeLLM) ->
     assert single.token_ids == output.token_ids == output.completions[0].token_ids
 
 
+def test_samples_are_in_order_whichever_ends_first(make_llm: MakeLLM) -> None:
+    params = SamplingParams(n=8, seed=2, max_tokens=30, stop_token_ids=tuple(range(3, 20)))
+    (output,) = make_llm().generate(PROMPTS[1], params)
+    lengths = [len(completion.token_ids) for completion in output.completions]
+    assert [completion.index for completion in output.completions] == list(range(8)) and lengths != sorted(lengths)
+
+
 def test_one_prompt_many_prompts_no_prompt(make_llm: MakeLLM) -> None:
     llm = make_llm()
     single = llm.generate(PROMPTS[0], GREEDY)

@@ -39,6 +39,7 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "nested": ([[3]], "a prompt is a string or a list of token ids"),
     "a number": (7, "a prompt is a string or a list of token ids"),
     "none": (None, "a prompt is a string or a list of token ids"),
+    "bytes": (b"abc", "a prompt is a string or a list of token ids"),
     "a dict": ({3: 4}, "a prompt is a string or a list of token ids"),
     "text without tokenizer": ("abc", "model 'tiny' has no tokenizer; give prompts as token ids"),
 }

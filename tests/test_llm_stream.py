@@ -101,6 +101,7 @@ def test_text_follows_a_prompt_that_ends_inside_a_character(llm: LLM) -> None:
         (("tO",), SPOKEN[2:].partition("tO")[0]),
         (("z._stOP\n",), SPOKEN[2:].partition("z")[0]),
         (("._st!", "stOP", "OP\n"), SPOKEN[2:].partition("st")[0]),
+        (("OP", "tOP", "stOP"), SPOKEN[2:].partition("st")[0]),
         (("z._stOP\n!", "yz"), SPOKEN[2:].partition("yz")[0]),
     ],
 )
