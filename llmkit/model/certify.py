@@ -23,6 +23,8 @@ NETWORK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e
 """Of the logits' norm. Transformers' norms round through float32 even in float64 models, so float64 agrees no better
 than that. In half precision two right networks of noisy weights differ by up to 0.06 (bfloat16) or 0.008 (float16);
 a factor 2 or 1.5 outside the layers makes 0.2 and more. The layers have been held to `LAYER_TOLERANCE` before."""
+EDGE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Embeddings into the first layer, and logits from the last layer's output: one norm and one product of rounding."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
 
@@ -38,11 +40,12 @@ def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDeco
             if reason:
                 return None, reason
             decoder = FusedDecoder(model, max_model_len)
-            error = _network_error(model, decoder, max_model_len)
+            errors = _network_errors(model, decoder, max_model_len)
         except (AttributeError, RuntimeError, TypeError, ValueError) as fault:
             return None, f"structure: {str(fault).partition(chr(10))[0]}"
-    if not error <= NETWORK_TOLERANCE[model.dtype]:
-        return None, f"logits differ by {error:.1e} of their norm from the original modules"
+    for what, error, tolerance in errors:
+        if not error <= tolerance[model.dtype]:
+            return None, f"{what} differ by {error:.1e} of their norm from the original modules"
     return decoder, ""
 
 
@@ -82,19 +85,37 @@ def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
     return ""
 
 
-def _network_error(model: LoadedModel, decoder: FusedDecoder, max_model_len: int) -> float:
-    """Relative distance of fused and original logits on random tokens."""
+def _network_errors(
+    model: LoadedModel, decoder: FusedDecoder, max_model_len: int
+) -> list[tuple[str, float, dict[torch.dtype, float]]]:
+    """What was compared on random tokens, its relative distance from the original, and how much is allowed."""
     positions = _positions(max_model_len, model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.architecture.vocab_size, positions.shape, generator=generator).to(model.device)
     rows = torch.arange(len(ids), device=model.device)
     specs = list(model.architecture.layers.values())
     modules = dict(model.module.named_modules())
-    with routed({modules[name]: _dense_route(spec) for name, spec in model.architecture.layers.items()}):
-        out = model.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
-    original = out.logits[0].double()
+    inner: Any = model.module.model
+    seen: list[torch.Tensor] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for m in (inner.layers[0], inner.norm)
+    ]
+    try:
+        with routed({modules[name]: _dense_route(spec) for name, spec in model.architecture.layers.items()}):
+            out = model.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
     fused = decoder.forward(ids, positions, rows, lambda layer, q, k, v: _dense(specs[layer], q, k, v))
-    return float((fused - original).norm() / original.norm())
+    return [
+        ("embeddings", _distance(decoder.embed(ids), seen[0]), EDGE_TOLERANCE),
+        ("logits of the last layer's output", _distance(decoder.logits(seen[1]), out.logits[0]), EDGE_TOLERANCE),
+        ("logits", _distance(fused, out.logits[0]), NETWORK_TOLERANCE),
+    ]
+
+
+def _distance(fused: torch.Tensor, original: torch.Tensor) -> float:
+    return float((fused.double() - original.double()).norm() / original.double().norm())
 
 
 def _positions(max_model_len: int, device: torch.device) -> torch.Tensor:

@@ -68,11 +68,19 @@ class FusedDecoder:
         self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Any
     ) -> torch.Tensor:
         """`attend(layer, query, key, value)` as in `AttentionBackend.forward`."""
-        hidden = F.embedding(input_ids, self._embed.weight)
+        hidden = self.embed(input_ids)
         cos, sin = self._cos[positions], self._sin[positions]
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
-        return self._head(_rms(hidden[rows], self._norm))
+        return self.logits(hidden[rows])
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads, [N, hidden_size]."""
+        return F.embedding(input_ids, self._embed.weight)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocab_size] of what the last layer wrote, [R, hidden_size]."""
+        return self._head(_rms(hidden, self._norm))
 
 
 def rotary_table(rotary: Any, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,8 +55,8 @@ GRANITE = {"model_type": "granite", "attention_multiplier": 0.3}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 128}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "granite_residual": ({**GRANITE, "residual_multiplier": 0.7}, "layer 0 differs by"),
-    "granite_embedding": ({**GRANITE, "embedding_multiplier": 2.0}, "logits differ by"),
-    "granite_logits": ({**GRANITE, "logits_scaling": 1.5}, "logits differ by"),
+    "granite_embedding": ({**GRANITE, "embedding_multiplier": 2.0}, "differ by"),
+    "granite_logits": ({**GRANITE, "logits_scaling": 1.5}, "differ by"),
     "smollm3": ({"no_rope_layers": [1, 0, 1]}, "layer 1 differs by"),
     "gemma2": ({"sliding_window": 8}, "variance_epsilon"),
     "phi3": ({}, "no self_attn.q_proj"),
@@ -183,7 +183,7 @@ def test_a_wrong_network_of_right_layers_is_refused(
         spoil(self)
 
     monkeypatch.setattr(FusedDecoder, "__init__", spoiled)
-    assert "logits differ by" in refusal(tiny("llama", {}, dtype))
+    assert "differ by" in refusal(tiny("llama", {}, dtype))
 
 
 @pytest.mark.parametrize("name", FUSABLE)
