@@ -183,8 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = torch.tensor(tokenizer.encode(bpe, text.held_out), dtype=torch.int16, device=device)
     print(f"{len(text.train)} files, {len(train):,} tokens in {options.copies} copies; {len(held_out):,} held out")
 
-    with device:
-        model = LlamaForCausalLM(model_config)
+    model = _start(model_config, options.resume, device)
     regularise(model, options.dropout)
     outcome = optimise(model, train, held_out, options, device)
     model.load_state_dict(outcome.weights)
@@ -199,6 +198,18 @@ def main(arguments: list[str] | None = None) -> None:
     (options.out / "train_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     print(f"best step {outcome.best_step} of {outcome.steps}, {log['tokens_per_second']:,} tokens/s")
     print(f"held out, in bf16: {final:.4f} nats/token, {log['bits_per_byte']} bits/byte")
+
+
+def _start(config: LlamaConfig, folder: Path | None, device: torch.device) -> LlamaForCausalLM:
+    """Fresh weights, or those of a checkpoint of the same shape, in float32."""
+    if folder is None:
+        with device:
+            return LlamaForCausalLM(config)
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if model.config.hidden_size != config.hidden_size or model.config.vocab_size != config.vocab_size:
+        raise SystemExit(f"{folder} holds a model of another shape")
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def _facts(options: argparse.Namespace, outcome: Outcome, device: torch.device) -> dict[str, Any]:
@@ -238,6 +249,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write the checkpoint to")
     add("--corpus", type=Path, default=corpus.stdlib(), help="tree of .py files (this interpreter's standard library)")
+    add("--resume", type=Path, help="checkpoint to go on from, with a fresh schedule")
     add("--minutes", type=float, default=math.inf, help="time limit, compilation not counted")
     add("--steps", type=float, default=math.inf, help="step limit")
     add("--batch", type=int, default=32, help="windows in a step")
