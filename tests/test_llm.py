@@ -136,9 +136,11 @@ def log_softmax(prompt: list[int], output: tuple[int, ...]) -> torch.Tensor:
 )
 def test_logprobs_are_those_of_the_model(make_llm: MakeLLM, options: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True, temperature=2.0, logprobs=3, prompt_logprobs=2)
-    outputs = make_llm(**options).generate(PROMPTS, params)
-    assert (num_preemptions(outputs) > 0) == (options is SCARCE)
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
+    prompts = [prompt for prompt in PROMPTS[::-1] for _ in "ab"]
+    all_outputs = make_llm(**options).generate(prompts, [GREEDY, params] * len(PROMPTS))
+    assert (num_preemptions(all_outputs) > 0) == (options is SCARCE)
+    assert all(output.logprobs is None and output.prompt_logprobs is None for output in all_outputs[::2])
+    for prompt, output in zip(prompts[1::2], all_outputs[1::2], strict=True):
         assert output.logprobs is not None and output.prompt_logprobs is not None
         assert len(output.prompt_logprobs) == len(prompt) - 1 and len(output.logprobs) == 8
         expected = log_softmax(prompt, output.token_ids)

@@ -139,7 +139,9 @@ def test_a_call_that_makes_no_sense_queues_nothing(make_llm: MakeLLM, prompts: A
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_request_without_a_distribution_fails_by_itself(make_llm: MakeLLM, poison: float) -> None:
+def test_a_request_without_a_distribution_fails_by_itself(
+    make_llm: MakeLLM, poison: float, expected: list[Any]
+) -> None:
     """Logits that are no numbers end the request in one line; the engine goes on and keeps nothing."""
     model = load_model(IDS, torch.float64, torch.device("cpu"))
     noise(model.module)
@@ -149,6 +151,9 @@ def test_a_request_without_a_distribution_fails_by_itself(make_llm: MakeLLM, poi
     for output in llm.generate([[9] * 20, [4, 9]], SAMPLED.model_copy(update={"n": 2})):
         assert [c.finish_reason for c in output.completions] == [FinishReason.ERROR] * 2
         assert all(one_line(c.error) and c.token_ids == () for c in output.completions)
+    in_parts = make_llm(model, cache="contiguous", scheduler={"name": "continuous", "max_chunk_tokens": 3})
+    good, bad = in_parts.generate([GOOD[1], [4, 9]], SAMPLED)
+    assert good.token_ids == expected[1][1] and bad.finish_reason is FinishReason.ERROR
 
 
 def never(*_: object, **__: object) -> None:
