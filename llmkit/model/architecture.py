@@ -73,6 +73,8 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
             f"cannot run {name} models: {len(layers)} of {text.num_hidden_layers} layers call the attention function, "
             "the others keep a state that a KV cache cannot hold"
         )
+    if _forgets_more_than_it_hides(text, list(layers.values())):
+        raise ModelError(f"cannot run {name} models: their cache forgets keys that their mask shows")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Architecture(layers, text.vocab_size, _max_len(text), num_parameters)
 
@@ -84,7 +86,7 @@ def _refuse_by_config(config: PretrainedConfig, text: PretrainedConfig) -> str |
         return "ALiBi position bias"
     others = sorted(set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
-        return f"layers of type {', '.join(others)} keep more than plain keys and values"
+        return f"a KV cache of plain keys and values cannot serve layers of type {', '.join(others)}"
     if getattr(text, "num_kv_shared_layers", 0):
         return "layers share their keys and values"
     if getattr(text, "kv_lora_rank", None):
@@ -174,6 +176,14 @@ def _window(mask: torch.Tensor | None, asked: int | None) -> int | None:
     if asked and asked != window:
         raise ModelError(f"their attention asks for a window of {asked}, their mask shows {window}")
     return None if window > farthest else window
+
+
+def _forgets_more_than_it_hides(text: PretrainedConfig, layers: list[LayerSpec]) -> bool:
+    """Whether transformers' own cache would slide where the mask does not, so that its tokens depend on chunking."""
+    window = getattr(text, "sliding_window", None)
+    kind = "sliding_attention" if window else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [kind] * len(layers)
+    return any(kind == "sliding_attention" and not layer.window for kind, layer in zip(kinds, layers, strict=True))
 
 
 def _max_len(text: PretrainedConfig) -> int:

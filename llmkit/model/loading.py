@@ -85,7 +85,8 @@ def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device)
         tokenizer = _tokenizer(spec)
     module.eval().requires_grad_(False)
     eos = _eos(module, architecture.vocab_size)
-    module.config.pad_token_id = None  # there is no padding; with it, some models look for padding in every step
+    # There is no padding; some models would look for it in every step. Past the config's check, which may want an int.
+    object.__setattr__(module.config, "pad_token_id", None)
     return LoadedModel(spec.name, config, module, architecture, tokenizer, eos, dtype, device)
 
 

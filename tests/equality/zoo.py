@@ -1,0 +1,104 @@
+"""Tiny models of many architectures, with weights noisy enough that every mistake changes a token."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from llmkit.model.loading import LoadedModel, load_model
+from llmkit.model.spec import ModelSpec
+
+VOCAB_SIZE, WINDOW = 97, 8
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 3,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+ZOO: dict[str, dict[str, Any]] = {
+    "llama": {**SHAPE, "model_type": "llama"},
+    "llama_mha_tied": {**SHAPE, "model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama_mqa": {**SHAPE, "model_type": "llama", "num_key_value_heads": 1, "attention_bias": True},
+    "llama_scaled_rope": {**SHAPE, "model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "qwen2": {**SHAPE, "model_type": "qwen2"},
+    "qwen3": {**SHAPE, "model_type": "qwen3"},
+    "mistral": {**SHAPE, "model_type": "mistral", "sliding_window": WINDOW},
+    "gemma2": {**SHAPE, **ALTERNATING, "model_type": "gemma2", "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**SHAPE, **ALTERNATING, "model_type": "gemma3_text"},
+    "olmo2": {**SHAPE, "model_type": "olmo2"},
+    "phi": {**SHAPE, "model_type": "phi"},
+    "phi3": {**SHAPE, "model_type": "phi3", "sliding_window": WINDOW},
+    "gpt2": {**GPT2, "model_type": "gpt2", "pad_token_id": 0},
+    "granite": {
+        **SHAPE,
+        "model_type": "granite",
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+    },
+    "cohere2": {**SHAPE, **ALTERNATING, "model_type": "cohere2"},
+    "smollm3": {**SHAPE, "model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "starcoder2": {**SHAPE, "model_type": "starcoder2", "sliding_window": WINDOW},
+    "mixtral": {**SHAPE, **EXPERTS, "model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": {**SHAPE, **EXPERTS, "model_type": "qwen3_moe", "num_experts": 4},
+    "stablelm": {**SHAPE, "model_type": "stablelm", "use_parallel_residual": True},
+    "gpt_neox": {**SHAPE, "model_type": "gpt_neox"},
+    "glm4": {**SHAPE, "model_type": "glm4"},
+    "exaone4": {**SHAPE, **ALTERNATING, "model_type": "exaone4"},
+    "helium": {**SHAPE, "model_type": "helium"},
+    "olmoe": {**SHAPE, **EXPERTS, "model_type": "olmoe", "num_experts": 4},
+    "opt": {**SHAPE, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0},
+    "gpt_bigcode": {**GPT2, "model_type": "gpt_bigcode"},
+    "biogpt": {**SHAPE, "model_type": "biogpt"},
+    "apertus": {**SHAPE, "model_type": "apertus"},
+    "phimoe": {**SHAPE, **EXPERTS, "model_type": "phimoe", "num_local_experts": 4, "sliding_window": WINDOW},
+}
+"""Config fields by the name of the case; phimoe tells its window only to the mask."""
+
+
+@cache
+def tiny_model(name: str) -> LoadedModel:
+    """The model of `ZOO[name]` in float64 on the CPU; its weights are noised once and never change."""
+    return noised(load_model(ModelSpec(name, config=ZOO[name]), torch.float64, torch.device("cpu")))
+
+
+def noised(model: LoadedModel, seed: int = 0) -> LoadedModel:
+    """Matrices from N(0, 0.4), vectors moved by N(0, 0.2). Default initialisation is so tame that it hides mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    model.module.to(model.dtype)  # a few routers stay in float32 whatever the model's dtype
+    with torch.no_grad():
+        for _, parameter in sorted(model.module.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.4 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
+    return model
