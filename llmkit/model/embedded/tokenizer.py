@@ -5,6 +5,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ END_ID = 0  # the trainer numbers special tokens first
 # A merge never crosses these cuts. A line break keeps the indentation behind it, so going to a new line of a block
 # is one token; an identifier is one piece, underscores included, so `__init__` can become one token.
 PIECES = r"(?:\r?\n)+[ \t]*| ?[\p{L}_][\p{L}\p{N}_]*| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|[ \t]+(?=[ \t])|\s+"
+OPENERS = re.compile(
+    r"^[ \t]*(?:async )?(?:def|class|import|from|for|if|while|with|return|raise|assert|del) ", re.MULTILINE
+)
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -59,7 +63,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], mean_piece: int = 0, seed
 
     With `mean_piece`, every text is cut at random places about that many characters apart and the pieces are encoded
     one by one. A prompt may stop in the middle of a word or behind a space, where running text never has a token
-    boundary; a model that has seen such boundaries continues such a prompt well.
+    boundary; a model that has seen such boundaries continues such a prompt well. Half of the statements that start with
+    a word of `OPENERS` are cut behind that word and its space, as in a prompt like "def ".
     """
     rng = random.Random(seed)
     pieces = [list(_cut(text, mean_piece, rng)) for text in texts]
@@ -73,8 +78,12 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], mean_piece: int = 0, seed
 
 
 def _cut(text: str, mean_piece: int, rng: random.Random) -> Iterator[str]:
+    cuts = {match.end() for match in OPENERS.finditer(text) if rng.random() < 0.5} if mean_piece else set()
+    at = 0
+    while mean_piece and (at := at + 1 + int(rng.expovariate(1 / mean_piece))) < len(text):
+        cuts.add(at)
     start = 0
-    while mean_piece and (stop := start + 1 + int(rng.expovariate(1 / mean_piece))) < len(text):
+    for stop in sorted(cuts - {len(text)}):
         yield text[start:stop]
         start = stop
     yield text[start:]
