@@ -24,13 +24,22 @@ class StreamDetokenizer:
 
     def step(self, token_id: int) -> str:
         """Text that became certain with `token_id`; empty while bytes of a character are missing."""
-        text = self._stream.step(self._tokenizer, token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception:  # "invalid prefix", of no type of its own
+            return self._start_again(token_id)
         if text is None:
             self._held.append(token_id)
             return ""
         self._held.clear()
         first, self._repeated = _num_common(self._repeated, text), ""
         return str(text)[first:]
+
+    def _start_again(self, token_id: int) -> str:
+        """A bad byte has changed how characters before it decode. They have been shown, so go on behind them."""
+        held, self._held = self._held, []
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return "".join([self.step(token) for token in (*held, token_id)])
 
     def flush(self) -> str:
         """What was held back, incomplete characters as U+FFFD."""
