@@ -97,6 +97,7 @@ class TorchExecutor:
             max_seq_len=int(packed.seq_lens.max()),
             query_lens=packed.query_lens,
             host_seq_lens=tuple(packed.seq_lens.tolist()),
+            fresh_blocks=_to(packed.fresh_blocks, device) if len(packed.fresh_blocks) else None,
         )
 
     def _sample(self, logits: torch.Tensor, plan: StepPlan, packed: PackedInputs) -> Sampled:

@@ -17,7 +17,8 @@ class PackedInputs:
     """Arrays of one step: R rows, N packed tokens, S sampling rows.
 
     `token_slots` and `positions` int64 [N] say where each input token stands in the token table; `slot_mapping`
-    int64 [N] where its KV goes; `logit_tokens` [S] which packed tokens choose a next one.
+    int64 [N] where its KV goes; `logit_tokens` [S] which packed tokens choose a next one; `fresh_blocks` [F] are the
+    blocks whose first slot is written.
     """
 
     row_slots: Ints
@@ -28,6 +29,7 @@ class PackedInputs:
     positions: Ints
     slot_mapping: Ints
     logit_tokens: Ints
+    fresh_blocks: Ints
     sampling_rows: tuple[int, ...]
     query_lens: tuple[int, ...]
 
@@ -55,18 +57,26 @@ class InputBuilder:
             positions = np.arange(ends[-1]) + np.repeat(starts - ends + lens, lens)
             token_slots = np.repeat(slots, lens)
         token_blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
+        offsets = positions % self.block_size
         seq_lens = (starts + lens).astype(np.int32)
-        num_blocks = -(-int(seq_lens.max()) // self.block_size)
         sampling_rows = tuple([index for index, row in enumerate(rows) if row.samples])
         return PackedInputs(
             row_slots=slots,
             query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
             seq_lens=seq_lens,
-            block_table=self.block_tables[slots, :num_blocks],
+            block_table=self._tables(slots, seq_lens),
             token_slots=token_slots,
             positions=positions,
-            slot_mapping=token_blocks * self.block_size + positions % self.block_size,
+            slot_mapping=token_blocks * self.block_size + offsets,
             logit_tokens=ends[list(sampling_rows)] - 1,
+            fresh_blocks=token_blocks[offsets == 0],
             sampling_rows=sampling_rows,
             query_lens=query_lens,
         )
+
+    def _tables(self, slots: Ints, seq_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Block tables of `slots`, as wide as the longest; shorter ones go on with their first block, so that nobody
+        reads what belongs to others, not even to mask it: a masked NaN is still a NaN."""
+        num_blocks = -(-seq_lens // self.block_size)
+        tables = self.block_tables[slots, : num_blocks.max()]
+        return np.where(np.arange(tables.shape[1]) < num_blocks[:, None], tables, tables[:, :1])

@@ -44,6 +44,10 @@ class AttentionBatch:
     `query_start_loc` int32 [R+1], `seq_lens` int32 [R] (keys after this step), `positions` int64 [N],
     `block_table` int32 [R, max_blocks], `slot_mapping` int64 [N] (block * block_size + offset of each new key);
     `max_query_len` and `max_seq_len` are host-side upper bounds.
+
+    Entries of `block_table` behind a row's own blocks repeat its first one. `fresh_blocks` int64 [F], None for F = 0,
+    are the blocks whose first slot this step writes: what they hold behind the new keys is somebody's past and may be
+    NaN, which no mask hides (0 * NaN), so a backend that loads it clears them first.
     """
 
     query_start_loc: torch.Tensor
@@ -55,6 +59,7 @@ class AttentionBatch:
     max_seq_len: int
     query_lens: tuple[int, ...]
     host_seq_lens: tuple[int, ...]
+    fresh_blocks: torch.Tensor | None = None
 
 
 class AttentionBackend(ABC):

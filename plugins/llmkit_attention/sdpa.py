@@ -57,7 +57,7 @@ class SdpaAttention(AttentionBackend):
         self._mask_kinds = {(layer.window, layer.num_heads // layer.num_kv_heads) for layer in self.requirements.layers}
 
     def plan(self, batch: AttentionBatch) -> None:
-        self._slots = batch.slot_mapping
+        self._slots, self._fresh_blocks = batch.slot_mapping, batch.fresh_blocks
         self._groups = [self._plan_group(batch, rows) for rows in _group_rows(batch.query_lens)]
 
     def _plan_group(self, batch: AttentionBatch, rows: list[int]) -> _Group:
@@ -105,6 +105,8 @@ class SdpaAttention(AttentionBackend):
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         spec, pool = self.requirements.layers[layer], self._pools[layer]
         shape = (-1, spec.num_kv_heads, spec.head_dim)
+        if self._fresh_blocks is not None:
+            pool.index_fill_(1, self._fresh_blocks, 0.0)
         pool[0].view(shape).index_copy_(0, self._slots, key)
         pool[1].view(shape).index_copy_(0, self._slots, value)
         if len(self._groups) == 1 and self._groups[0].query_index is None:

@@ -21,6 +21,7 @@ DTYPES = {
     "positions": np.int64,
     "slot_mapping": np.int64,
     "logit_tokens": np.int64,
+    "fresh_blocks": np.int64,
 }
 
 
@@ -37,12 +38,15 @@ def naive(rows: list[ScheduledRequest], tables: dict[int, list[int]], block_size
         out["row_slots"].append(r.slot)
         out["query_lens"].append(r.num_tokens)
         out["seq_lens"].append(r.start + r.num_tokens)
-        out["block_table"].append(tables[r.slot][:width])
+        num_blocks = -(-(r.start + r.num_tokens) // block_size)
+        own = tables[r.slot][:num_blocks]
+        out["block_table"].append(own + own[:1] * (width - num_blocks))
         for position in range(r.start, r.start + r.num_tokens):
             out["token_slots"].append(r.slot)
             out["positions"].append(position)
             block, offset = divmod(position, block_size)
             out["slot_mapping"].append(tables[r.slot][block] * block_size + offset)
+            out["fresh_blocks"] += [tables[r.slot][block]] if offset == 0 else []
         out["query_start_loc"].append(len(out["positions"]))
         if r.samples:
             out["sampling_rows"].append(index)
@@ -136,7 +140,7 @@ def test_decodes_pack_alike_alone_and_beside_a_prompt() -> None:
 def test_edits_are_applied_before_rows_are_packed() -> None:
     edits = (BlockTableEdit(1, 1, (20, 21)), BlockTableEdit(1, 2, (22,)), BlockTableEdit(0, 0, (23,)))
     packed = builder_of(TABLES).build(StepPlan(0, (row(1, 4, 6), row(0, 3, 1)), edits=edits))
-    assert packed.block_table.tolist() == [[9, 20, 22], [23, 1, 4]]
+    assert packed.block_table.tolist() == [[9, 20, 22], [23, 23, 23]]
     assert packed.slot_mapping.tolist() == [80, 81, 82, 83, 88, 89, 95]
 
 
