@@ -173,16 +173,20 @@ def _window(mask: torch.Tensor | None, asked: int | None) -> int | None:
                 raise ModelError("their attention mask is neither causal nor a sliding window")
     except (IndexError, RuntimeError) as error:
         raise ModelError("their attention mask depends on more than positions") from error
-    if asked and asked != window:
-        raise ModelError(f"their attention asks for a window of {asked}, their mask shows {window}")
-    return None if window > farthest else window
+    is_full = window > farthest
+    if asked and min(asked, farthest + 1) != window:
+        raise ModelError(
+            f"their attention asks for a window of {asked}, their mask shows {'all' if is_full else window}"
+        )
+    return None if is_full else window
 
 
 def _forgets_more_than_it_hides(text: PretrainedConfig, layers: list[LayerSpec]) -> bool:
     """Whether transformers' own cache would slide where the mask does not, so that its tokens depend on chunking."""
     window = getattr(text, "sliding_window", None)
-    kind = "sliding_attention" if window else "full_attention"
-    kinds = getattr(text, "layer_types", None) or [kind] * len(layers)
+    if not window or window > PROBED_QUERIES[-1]:
+        return False
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * len(layers)
     return any(kind == "sliding_attention" and not layer.window for kind, layer in zip(kinds, layers, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +27,8 @@ AutoTokenizer: Any = transformers.AutoTokenizer
 transformers_logging: Any = transformers.utils.logging
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(slots=True)
@@ -58,16 +61,22 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     """The transformers config of `spec`, without touching weights."""
     if spec.path is None:
         fields = dict(spec.config)
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise ModelError(f"model {spec.name!r}: the config names no model_type")
         try:
-            built: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            built: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
             return built
         except Exception as error:
             raise ModelError(f"model {spec.name!r}: bad config: {first_line(error)}") from error
+    is_folder = Path(spec.path).is_dir()
+    if not is_folder and not HUB_ID.fullmatch(spec.path):
+        raise ModelError(f"{spec.path}: no such folder")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
         return config
     except Exception as error:
-        hint = "" if Path(spec.path).exists() else " (no such folder, and not a reachable hub id)"
+        hint = "" if is_folder else " (no such folder, and not a reachable hub id)"
         raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {first_line(error)}") from error
 
 
@@ -161,12 +170,18 @@ def _checkpoint(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> to
 
 
 def _tokenizer(spec: ModelSpec) -> Any:
-    """The tokenizer beside the weights, or None: such a model takes token ids only."""
-    if spec.path is None:
+    """The tokenizer beside the weights, or None: such a model takes token ids only.
+
+    Without any of its files transformers would make up an empty one for some architectures.
+    """
+    folder = None if spec.path is None else Path(spec.path)
+    if folder is None or (folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES)):
         return None
     try:
         return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
-    except Exception:
+    except Exception as error:
+        if folder.is_dir():
+            raise ModelError(f"cannot load the tokenizer in {spec.path!r}: {first_line(error)}") from error
         return None
 
 

@@ -39,8 +39,8 @@ def _attend(
     return out.unsqueeze(0), None
 
 
-def _describe_mask(mask_function: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
-    """Called instead of building a mask: an empty tensor that remembers the rule."""
+def describe_mask(mask_function: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+    """Called instead of building a mask: an empty tensor that remembers the rule, see `mask_of`."""
     mask = torch.empty((1, 1, options["q_length"], options["kv_length"]), device="meta")
 
     def visible(query: int, keys: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def mask_of(mask: torch.Tensor) -> Visible | None:
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
 AttentionInterface.register(PROBE, _attend)
-AttentionMaskInterface.register(PROBE, _describe_mask)
+AttentionMaskInterface.register(PROBE, describe_mask)
 
 
 @contextmanager
