@@ -45,9 +45,11 @@ def grid_figure(result: Mapping[str, Any]) -> Figure:
         "speedup\nllmkit / transformers",
         "latency, ms\nmean, submission to last token",
     )
-    for panel, label in zip(axes[:, 0], labels, strict=True):
+    keys = (("optimized_tok_s", "naive_tok_s"), ("speedup",), ("optimized_mean_e2el_ms", "naive_mean_e2el_ms"))
+    for panel, label, shown in zip(axes[:, 0], labels, keys, strict=True):
         panel.set_ylabel(label)
-        panel.set_ylim(bottom=0)
+        # One disturbed round may be far off: the medians set the scale, bars beyond it are cut.
+        panel.set_ylim(0, 1.3 * max(row[key] for row in rows for key in shown))
         panel.yaxis.set_major_formatter("{x:,.0f}")
     _explain(figure, result, rows)
     return figure
@@ -124,7 +126,7 @@ def caption(result: Mapping[str, Any]) -> str:
     versions = environment["versions"]
     labels = ", ".join(f"{key} {value}" for key, value in result["labels"].items() if key != "workload")
     rounds = result["num_rounds"]
-    measured = f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest" if rounds > 1 else "One round"
+    measured = f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest, cut at the frame" if rounds > 1 else "One round"
     machine = f"{environment['device_name']}, cores: {environment['num_cpus']}, threads: {environment['num_threads']}"
     agreement = f"{100 * result['equal_tokens']:.1f} %"
     return (
