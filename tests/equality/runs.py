@@ -48,17 +48,18 @@ class Reference:
 
 
 @cache
-def references(name: str) -> list[Reference]:
+def references(name: str, device: str = "cpu") -> list[Reference]:
     """`transformers.generate` on the weights of `tiny_model(name)`, with its own cache, one prompt after the other."""
-    model = tiny_model(name).as_transformers()
+    model = tiny_model(name, device).as_transformers()
     with ReallyFloat64():
         return [reference(model, prompt) for prompt in prompts()]
 
 
 def reference(model: Any, prompt: list[int], max_tokens: int = MAX_TOKENS) -> Reference:
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=max_tokens,
         do_sample=False,
         eos_token_id=None,

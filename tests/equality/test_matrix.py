@@ -67,14 +67,16 @@ def run(
     preemption: str,
     depth: int,
     fused: bool,
+    device: str = "cpu",
 ) -> Tap:
+    """One arrangement against the reference; raises AssertionError if anything differs, is vacuous or leaks."""
     num_blocks = SCARCE if preemption == "scarce" else ROOMY
-    loaded = tiny_model(model)
+    loaded = tiny_model(model, device)
     if fused:
         fuse_exactly(loaded, min(loaded.architecture.max_model_len, num_blocks * BLOCK_SIZE))
     if preemption == "forced":
         scheduler += "_interrupted"
-    wanted = references(model)
+    wanted = references(model, device)
     llm = LLM(
         loaded,
         scheduler=scheduler_options(scheduler, chunk, budget),

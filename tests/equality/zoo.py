@@ -84,13 +84,13 @@ ZOO: dict[str, dict[str, Any]] = {
     "apertus": {**SHAPE, "model_type": "apertus"},
     "phimoe": {**SHAPE, **EXPERTS, "model_type": "phimoe", "num_local_experts": 4, "sliding_window": WINDOW},
 }
-"""Config fields by the name of the case; phimoe tells its window only to the mask."""
+"""Config fields by the name of the case. Phimoe tells its window only to the mask."""
 
 
 @cache
-def tiny_model(name: str) -> LoadedModel:
-    """The model of `ZOO[name]` in float64 on the CPU; its weights are noised once and never change."""
-    return noised(load_model(ModelSpec(name, config=ZOO[name]), torch.float64, torch.device("cpu")))
+def tiny_model(name: str, device: str = "cpu") -> LoadedModel:
+    """The model of `ZOO[name]` in float64; its weights are noised once and never change."""
+    return noised(load_model(ModelSpec(name, config=ZOO[name]), torch.float64, torch.device(device)))
 
 
 def noised(model: LoadedModel, seed: int = 0) -> LoadedModel:
