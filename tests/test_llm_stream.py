@@ -19,7 +19,7 @@ PIECES = ["ab", "\u00e9", " ", "\u20ac", "1", "\U0001f600", "xy", "z", ".", "_",
 
 @pytest.fixture
 def llm(make_llm: MakeLLM, speaker: dict[str, str]) -> LLM:
-    return make_llm(speaker)
+    return make_llm(speaker, depth=0)
 
 
 def joined(pieces: list[StreamOutput]) -> dict[tuple[int, int], tuple[str, tuple[int, ...], Any, Any]]:

@@ -124,7 +124,7 @@ def _record_calls(model: Any, name: str) -> dict[str, LayerSpec]:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
     for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             module.rope_type = "default"  # else it would compare positions, which have no values here
     modules = {module: recorder(qualified, module) for qualified, module in model.named_modules()}
     ids = torch.zeros((1, 2), dtype=torch.long, device="meta")

@@ -99,6 +99,6 @@ def noised(model: LoadedModel, seed: int = 0) -> LoadedModel:
     model.module.to(model.dtype)  # a few routers stay in float32 whatever the model's dtype
     with torch.no_grad():
         for _, parameter in sorted(model.module.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
             parameter.copy_(0.4 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
     return model
