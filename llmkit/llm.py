@@ -12,6 +12,7 @@ from llmkit.config import Choice, choose, validate
 from llmkit.engine.assembly import build_backend, build_engine, requirements_of
 from llmkit.engine.detokenizer import StreamDetokenizer
 from llmkit.engine.engine import Engine
+from llmkit.engine.limits import check_request
 from llmkit.engine.progress import Progress
 from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError
@@ -217,6 +218,7 @@ class LLM:
             for index in range(params.n):
                 seed = sample_seed(self.settings.seed, number, params.seed, index)
                 request = Request(f"{number}-{index}", list(token_ids), params, arrival_time=now, seed=seed)
+                check_request(request, self.engine.limits)  # a tokenizer does not survive ids out of its range
                 detokenizer = self._detokenizer(token_ids, params)
                 progress = Progress(request, self.engine.limits.eos_token_ids, detokenizer, index)
                 self.engine.add(request, progress)

@@ -245,3 +245,12 @@ def test_whatever_interrupts_a_call_frees_what_it_held(
         llm.generate(GOOD, lengths)
     check_nothing_left(llm)
     assert [output.token_ids for output in llm.generate(GOOD, GREEDY)] == expected[0]
+
+
+@pytest.mark.parametrize("token_id", [-1, 1 << 40, 1 << 70])
+def test_ids_no_tokenizer_can_hold_are_refused_like_any_other(
+    make_llm: MakeLLM, speaker: dict[str, str], token_id: int
+) -> None:
+    good, bad = make_llm(speaker).generate(["good", [5, token_id]], SamplingParams(max_tokens=2, temperature=0))
+    assert good.error is None and len(good.token_ids) >= 1
+    assert f"token id {token_id} in prompt is outside the vocabulary" in bad.error

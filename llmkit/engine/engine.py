@@ -39,7 +39,8 @@ class _InFlight:
             raise self.fault
         reason = str(self.fault).strip().partition("\n")[0]
         message = f"the step failed: {type(self.fault).__name__}{': ' if reason else ''}{reason}"
-        log.error(message, exc_info=self.fault)
+        if isinstance(self.fault, Exception):
+            log.error(message, exc_info=self.fault)
         return StepResult(self.plan.step_id, (), errors=dict.fromkeys(range(len(self.plan.scheduled)), message))
 
 

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from llmkit.errors import LlmkitError
 from llmkit.report.folder import write_result
 from llmkit.report.grid_plot import grid_picture
 
@@ -30,8 +31,11 @@ def write_grid(run_dir: Path, result: Mapping[str, Any], plots_dir: Path | None,
     written = [write_result(run_dir, result, config_text)]
     folders = [run_dir] if plots_dir is None else [run_dir, plots_dir]
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_csv(folder / f"{NAME}.csv", result)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_csv(folder / f"{NAME}.csv", result)
+        except OSError as error:
+            raise LlmkitError(f"cannot write the picture to {folder}: {error.strerror}; results: {run_dir}") from error
     if result["rows"]:
         picture = grid_picture(result)
         for folder in folders:

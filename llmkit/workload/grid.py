@@ -63,8 +63,8 @@ class GridWorkload:
             **provenance("grid", self.settings, context),
             "baseline": {"name": "transformers.generate, one prompt after the other", **naive.describe()},
         }
-        files = write_grid(context.run_dir, result, context.plots_dir, context.config_text)
         print_grid(context.console or Console(), result)
+        files = write_grid(context.run_dir, result, context.plots_dir, context.config_text)
         return RunOutcome(result, tuple(files), interrupted)
 
     def _check(self, target: Target) -> None:
