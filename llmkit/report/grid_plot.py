@@ -126,7 +126,11 @@ def caption(result: Mapping[str, Any]) -> str:
     versions = environment["versions"]
     labels = ", ".join(f"{key} {value}" for key, value in result["labels"].items() if key != "workload")
     rounds = result["num_rounds"]
-    measured = f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest, cut at the frame" if rounds > 1 else "One round"
+    measured = (
+        f"Markers: median of {rounds} interleaved rounds, bars: lowest to highest, cut at the frame"
+        if rounds > 1
+        else "One round"
+    )
     machine = f"{environment['device_name']}, cores: {environment['num_cpus']}, threads: {environment['num_threads']}"
     agreement = f"{100 * result['equal_tokens']:.1f} %"
     return (
