@@ -12,6 +12,7 @@ from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling import Sampled, Sampler
+from llmkit.model.sampling.transfer import to_device
 from llmkit.types import Admission, StepPlan, StepResult, TokenLogprobs
 
 
@@ -82,7 +83,7 @@ class TorchExecutor:
         self._admissions[slot] = admission
         wants = admission.sampling_params.prompt_logprobs is not None
         (self._with_prompt_logprobs.add if wants else self._with_prompt_logprobs.discard)(slot)
-        self.tokens[slot, : len(token_ids)] = torch.tensor(token_ids, device=self.tokens.device)
+        self.tokens[slot, : len(token_ids)] = to_device(token_ids, self.tokens.device)
         self.sampler.set_slot(slot, admission.sampling_params, admission.seed, admission.num_prompt_tokens)
 
     def _batch(self, packed: PackedInputs, positions: torch.Tensor) -> AttentionBatch:
@@ -107,7 +108,7 @@ class TorchExecutor:
         ends = [row.start + row.num_tokens for row in rows]
         sampled = self.sampler.sample(logits, slots, ends, self.tokens)
         device = self.tokens.device
-        self.tokens[torch.tensor(slots, device=device), torch.tensor(ends, device=device)] = sampled.token_ids
+        self.tokens[to_device(slots, device), to_device(ends, device)] = sampled.token_ids
         return sampled
 
     def _prompt_logprob_rows(self, plan: StepPlan) -> list[tuple[int, int, int]]:
@@ -117,9 +118,9 @@ class TorchExecutor:
         if not self._with_prompt_logprobs:
             return wanted
         for index, row in enumerate(plan.scheduled):
-            admission = self._admissions[row.slot]
-            if admission.sampling_params.prompt_logprobs is not None:
-                num = min(row.start + row.num_tokens, admission.num_prompt_tokens - 1) - row.start
+            if row.slot in self._with_prompt_logprobs:
+                num_prompt_tokens = self._admissions[row.slot].num_prompt_tokens
+                num = min(row.start + row.num_tokens, num_prompt_tokens - 1) - row.start
                 if num > 0:
                     wanted.append((index, first, num))
             first += row.num_tokens
@@ -139,5 +140,4 @@ class TorchExecutor:
 
 
 def _to(array: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
