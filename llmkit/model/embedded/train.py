@@ -115,7 +115,7 @@ def optimise(
     One step in eight takes a quarter of the windows at four times the length, so that far positions are learnt too.
     """
     outcome, loss = Outcome(), loss_of(model, device)
-    compiled: Loss = torch.compile(loss) if device.type == "cuda" else loss
+    compiled: Loss = torch.compile(loss, dynamic=False) if device.type == "cuda" else loss
     optimizers = _optimizers(model, options, device)
     span = torch.arange(4 * options.length + 1, device=device)
     last, progress = len(train) - len(span), 0.0
