@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pluggy
 import torch
 
+from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.engine import Engine
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.inputs import InputBuilder
@@ -21,8 +23,10 @@ from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.model.loading import LoadedModel
 from llmkit.model.memory import free_bytes
-from llmkit.model.network import build_network
+from llmkit.model.network import Network, build_network
 from llmkit.model.sampling import Sampler
+
+log = logging.getLogger(__name__)
 
 
 def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirements:
@@ -63,18 +67,34 @@ def build_engine(
     max_model_len = min(reach, spec.num_slots)
     backend.allocate(num_blocks)
     eos, device, vocab_size = model.eos_token_ids, model.device, model.architecture.vocab_size
-    executor = TorchExecutor(
-        build_network(model, backend, max_model_len, settings.fused),
-        backend,
-        Sampler(vocab_size, max_num_seqs, device, eos),
-        InputBuilder(max_num_seqs, max_model_len, block_size),
-        torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.long, device=device),
-    )
+    network = build_network(model, backend, max_model_len, settings.fused)
+    inputs = InputBuilder(max_num_seqs, max_model_len, block_size)
+    # One slot more than there are requests: rows that only fill a decode graph up live there.
+    tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=device)
+    graphs = _graphs(network, backend, tokens, inputs) if settings.graphs and device.type == "cuda" else None
+    executor = TorchExecutor(network, backend, Sampler(vocab_size, max_num_seqs, device, eos), inputs, tokens, graphs)
     bound_by = "the cache" if max_model_len < reach else "the model"
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
     allocator = cache[0](cache[1], spec)
     return Engine(Planner(scheduler, allocator), executor, limits, clock or MonotonicClock(), hooks, depth)
+
+
+@torch.inference_mode()
+def _graphs(
+    network: Network, backend: AttentionBackend, tokens: torch.Tensor, inputs: InputBuilder
+) -> DecodeGraphs | None:
+    """Captured decode graphs, or None with the reason logged where backend or model cannot be captured."""
+    graphs = DecodeGraphs(network, backend, tokens, inputs.block_tables)
+    if not graphs.is_supported():
+        log.info("attention %s runs without CUDA graphs", type(backend).__name__)
+        return None
+    try:
+        graphs.capture()
+    except (RuntimeError, AssertionError) as fault:
+        log.warning("decode runs without CUDA graphs: %s", str(fault).partition("\n")[0])
+        return None
+    return graphs
 
 
 def _num_blocks(model: LoadedModel, backend: AttentionBackend, settings: EngineSettings, useful: int) -> int:

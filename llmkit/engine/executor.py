@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
@@ -39,8 +40,8 @@ class _Launched:
 
 
 class TorchExecutor:
-    """Implements `Executor`. The token table [max_num_seqs, max_model_len] holds prompts and sampled tokens by slot,
-    so a step's input ids are read on the device and the next step can be launched before the host knows them."""
+    """Implements `Executor`. The token table [max_num_seqs + 1, max_model_len + 1] holds prompts and sampled tokens by
+    slot, so a step's input ids are read on the device and the next step can be launched before the host knows them."""
 
     def __init__(
         self,
@@ -49,12 +50,14 @@ class TorchExecutor:
         sampler: Sampler,
         inputs: InputBuilder,
         tokens: torch.Tensor,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.network = network
         self.backend = backend
         self.sampler = sampler
         self.inputs = inputs
         self.tokens = tokens
+        self.graphs = graphs
         self._admissions: dict[int, Admission] = {}
         self._with_prompt_logprobs: set[int] = set()
 
@@ -63,6 +66,11 @@ class TorchExecutor:
         """Enqueue a step. Nothing here waits for the device."""
         for admission in plan.admissions:
             self._admit(admission)
+        self.inputs.apply(plan)
+        if self.graphs is not None:
+            self.graphs.apply(plan)
+            if self.graphs.takes(plan) and not self._prompt_logprob_rows(plan):
+                return self._replay(plan, self.graphs)
         packed = self.inputs.build(plan)
         device = self.tokens.device
         token_slots, positions = _to(packed.token_slots, device), _to(packed.positions, device)
@@ -77,6 +85,17 @@ class TorchExecutor:
         sampled = self._sample(logits[:num_sampling], plan, packed) if num_sampling else None
         prompt_logprobs = self._prompt_logprobs(logits[num_sampling:], plan, prompt_rows)
         return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
+
+    def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
+        """A decode step in one graph; rows that ask for more than the argmax are sampled from its logits."""
+        decoded = graphs.run(plan)
+        rows = plan.scheduled
+        slots, ends = [row.slot for row in rows], [row.start + 1 for row in rows]
+        if self.sampler.takes_argmax(slots, ends):
+            sampled = Sampled(decoded.token_ids, decoded.values)
+        else:
+            sampled = self._choose(decoded.logits, slots, ends)
+        return _Launched(plan.step_id, len(rows), tuple(range(len(rows))), sampled, {})
 
     def _admit(self, admission: Admission) -> None:
         slot, token_ids = admission.slot, admission.token_ids
@@ -105,7 +124,9 @@ class TorchExecutor:
         """Choose tokens and write them behind the sequences they belong to."""
         rows = [plan.scheduled[index] for index in packed.sampling_rows]
         slots = [row.slot for row in rows]
-        ends = [row.start + row.num_tokens for row in rows]
+        return self._choose(logits, slots, [row.start + row.num_tokens for row in rows])
+
+    def _choose(self, logits: torch.Tensor, slots: list[int], ends: list[int]) -> Sampled:
         sampled = self.sampler.sample(logits, slots, ends, self.tokens)
         device = self.tokens.device
         self.tokens[to_device(slots, device), to_device(ends, device)] = sampled.token_ids

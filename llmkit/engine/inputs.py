@@ -41,10 +41,13 @@ class InputBuilder:
         self.block_size = block_size
         self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
-    def build(self, plan: StepPlan) -> PackedInputs:
-        """Apply the plan's block-table edits, then pack its rows."""
+    def apply(self, plan: StepPlan) -> None:
+        """Apply the plan's block-table edits."""
         for slot, start, blocks in plan.edits:
             self.block_tables[slot, start : start + len(blocks)] = blocks
+
+    def build(self, plan: StepPlan) -> PackedInputs:
+        """Pack the plan's rows; its edits have been applied."""
         rows = plan.scheduled
         query_lens = tuple([row.num_tokens for row in rows])
         slots = np.array([row.slot for row in rows], dtype=np.int64)

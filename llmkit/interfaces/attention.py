@@ -92,6 +92,15 @@ class AttentionBackend(ABC):
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare a step: everything that all layers share."""
 
+    def capturable(self, batch: AttentionBatch) -> bool:
+        """Whether the `forward`s of `batch` may be captured in a CUDA graph and replayed for other batches.
+
+        True promises: after `plan(batch)`, launches depend only on shapes, `max_query_len` and `max_seq_len`; what the
+        tensors of `batch` hold is read on the device, and a replay after new contents were copied into the same tensors
+        (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1.
+        """
+        return False
+
     @abstractmethod
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Store the new keys and values, then attend.

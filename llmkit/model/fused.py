@@ -32,11 +32,15 @@ class FusedLayer:
         self.out = linear(attention.o_proj.weight, attention.o_proj.bias)
         self.down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
         self.activation = mlp.act_fn
+        self._kernels = layer_kernels(self)
 
     def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Any) -> torch.Tensor:
         """`hidden` [N, hidden_size]; `cos`, `sin` [N, 1, head_dim] with the sign of the rotation folded into `sin`."""
         spec = self.spec
         num_rotated = spec.num_heads + spec.num_kv_heads
+        if self._kernels is not None:
+            out: torch.Tensor = self._kernels.run(self, hidden, cos, sin, attend)
+            return out
         qkv = self.qkv(_rms(hidden, self.input_norm))
         heads = qkv.view(hidden.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
@@ -48,6 +52,18 @@ class FusedLayer:
         hidden = hidden + self.out(context.view(hidden.shape[0], -1))
         gate, up = self.gate_up(_rms(hidden, self.post_norm)).chunk(2, dim=-1)
         return hidden + self.down(self.activation(gate) * up)
+
+
+def layer_kernels(layer: FusedLayer) -> Any:
+    """The module of Triton kernels between the products of `layer` on an NVIDIA GPU; None where torch runs them."""
+    is_silu = type(layer.activation).__name__ in ("SiLU", "SiLUActivation")
+    weight, q_norm, k_norm = layer.input_norm[0], layer.q_norm, layer.k_norm
+    is_alike = q_norm is k_norm is None or (q_norm is not None and k_norm is not None and q_norm[1] == k_norm[1])
+    if weight.device.type != "cuda" or weight.dtype is torch.float64 or not is_silu or not is_alike:
+        return None
+    from llmkit.model import layer_kernels as kernels
+
+    return kernels
 
 
 class FusedDecoder:

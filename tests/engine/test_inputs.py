@@ -111,8 +111,13 @@ def test_random_plans(seed: int) -> None:
     world = World(rng, rng.choice([1, 3, 16]), rng.choice([1, 17, 64, 100]), rng.choice([1, 3, 16]))
     for step_id in range(60):
         plan = world.plan(step_id, is_decode=step_id % 3 == 0)
-        packed = world.builder.build(plan)
+        packed = pack(world.builder, plan)
         assert_equal(packed, naive(list(plan.scheduled), world.tables, world.block_size))
+
+
+def pack(builder: InputBuilder, plan: StepPlan) -> PackedInputs:
+    builder.apply(plan)
+    return builder.build(plan)
 
 
 def builder_of(tables: dict[int, list[int]], block_size: int = 4) -> InputBuilder:
@@ -128,8 +133,8 @@ TABLES = {0: [3, 1, 4, 15], 1: [9, 2, 6, 5], 2: [8, 7, 10, 11]}
 def test_decodes_pack_alike_alone_and_beside_a_prompt() -> None:
     """A step of decodes only takes a shorter way; the same rows before a prompt take the general one."""
     decodes = [row(2, 0, 1), row(0, 15, 1, samples=False), row(1, 8, 1)]
-    alone = builder_of(TABLES).build(StepPlan(0, tuple(decodes)))
-    mixed = builder_of(TABLES).build(StepPlan(0, (*decodes, row(1, 9, 2))))
+    alone = pack(builder_of(TABLES), StepPlan(0, tuple(decodes)))
+    mixed = pack(builder_of(TABLES), StepPlan(0, (*decodes, row(1, 9, 2))))
     for name in ("row_slots", "seq_lens", "block_table", "token_slots", "positions", "slot_mapping"):
         assert getattr(mixed, name)[:3].tolist() == getattr(alone, name).tolist(), name
     assert mixed.query_start_loc.tolist() == [*alone.query_start_loc.tolist(), 5]
@@ -139,28 +144,28 @@ def test_decodes_pack_alike_alone_and_beside_a_prompt() -> None:
 
 def test_edits_are_applied_before_rows_are_packed() -> None:
     edits = (BlockTableEdit(1, 1, (20, 21)), BlockTableEdit(1, 2, (22,)), BlockTableEdit(0, 0, (23,)))
-    packed = builder_of(TABLES).build(StepPlan(0, (row(1, 4, 6), row(0, 3, 1)), edits=edits))
+    packed = pack(builder_of(TABLES), StepPlan(0, (row(1, 4, 6), row(0, 3, 1)), edits=edits))
     assert packed.block_table.tolist() == [[9, 20, 22], [23, 23, 23]]
     assert packed.slot_mapping.tolist() == [80, 81, 82, 83, 88, 89, 95]
 
 
 def test_edits_hold_for_later_steps() -> None:
     builder = builder_of(TABLES)
-    builder.build(StepPlan(0, (row(0, 0, 1),), edits=(BlockTableEdit(2, 0, (30,)),)))
-    assert builder.build(StepPlan(1, (row(2, 1, 1),))).slot_mapping.tolist() == [30 * 4 + 1]
+    pack(builder, StepPlan(0, (row(0, 0, 1),), edits=(BlockTableEdit(2, 0, (30,)),)))
+    assert pack(builder, StepPlan(1, (row(2, 1, 1),))).slot_mapping.tolist() == [30 * 4 + 1]
 
 
 def test_a_packed_step_is_not_changed_by_the_next() -> None:
     """It may still be in flight."""
     builder = builder_of(TABLES)
     plan = StepPlan(0, (row(0, 2, 3), row(1, 7, 1)))
-    packed = builder.build(plan)
+    packed = pack(builder, plan)
     edits = tuple(BlockTableEdit(slot, 0, (90, 91, 92, 93)) for slot in TABLES)
-    builder.build(StepPlan(1, (row(0, 5, 1), row(1, 8, 1)), edits=edits))
+    pack(builder, StepPlan(1, (row(0, 5, 1), row(1, 8, 1)), edits=edits))
     assert_equal(packed, naive(list(plan.scheduled), TABLES, 4))
 
 
 def test_a_step_in_which_nobody_samples() -> None:
-    packed = builder_of(TABLES).build(StepPlan(0, (row(0, 0, 3, samples=False),)))
+    packed = pack(builder_of(TABLES), StepPlan(0, (row(0, 0, 3, samples=False),)))
     assert packed.sampling_rows == () and packed.logit_tokens.shape == (0,)
     assert packed.logit_tokens.dtype == np.int64

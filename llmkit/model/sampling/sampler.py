@@ -70,6 +70,11 @@ class Sampler:
         logprobs = compute_logprobs(logits[plan.logprob_index], token_ids[plan.logprob_index], max(plan.tops))
         return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops)
 
+    def takes_argmax(self, slots: list[int], positions: list[int]) -> bool:
+        """Whether `sample` would be no more than an argmax for these rows: all greedy, unedited, without logprobs."""
+        plan = self._plan_for(slots, positions)
+        return not plan.draws and not plan.logprob_rows and all(group.is_plain for group in plan.greedy)
+
     def prompt_logprobs(self, logits: Tensor, token_ids: Tensor, top: int) -> tuple[TokenLogprobs, ...]:
         """Log-probabilities of `token_ids` [N] under raw `logits` [N, V], and each row's `top` most likely tokens."""
         return tuple(to_host(compute_logprobs(logits, token_ids.long(), top), [top] * len(token_ids)))

@@ -1,0 +1,163 @@
+"""Decode steps as CUDA graphs: inputs by row, network, argmax and the write of the new tokens, in one replay."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
+from llmkit.model.network import Network
+from llmkit.model.sampling.transfer import to_device
+from llmkit.types import StepPlan
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 1024
+SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+def buckets_up_to(max_rows: int) -> list[int]:
+    """Row counts that graphs are captured for, ascending; the last takes `max_rows`, or MAX_ROWS if that is less."""
+    max_rows = min(max_rows, MAX_ROWS)
+    sizes = [*SMALL_BUCKETS, *range(SMALL_BUCKETS[-1] + 64, MAX_ROWS + 1, 64)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph and what it reads and writes: `inputs` int64 [4, n], `logits` [n, vocab], `token_ids`, `values` [n]."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    logits: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A replayed step, valid until the next one: `logits` [R, vocab], their argmax int64 [R] and maximum [R]."""
+
+    logits: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+class DecodeGraphs:
+    """Keeps every slot's block table on the device and one graph per bucket of rows, captured when first needed.
+
+    Rows that only fill a bucket up have sequence length 0 and belong to the token table's spare last slot.
+    """
+
+    def __init__(
+        self, network: Network, backend: AttentionBackend, tokens: Tensor, block_tables: NDArray[np.int32]
+    ) -> None:
+        """`tokens` int64 [max_num_seqs + 1, max_model_len + 1]; `block_tables` the host's, [max_num_seqs, width]."""
+        self._network = network
+        self._backend = backend
+        self._tokens = tokens
+        self._spare = len(block_tables)
+        self._host_tables = block_tables
+        self._block_size = backend.requirements.block_size
+        self._tables = torch.zeros(self._spare + 1, block_tables.shape[1], dtype=torch.int32, device=tokens.device)
+        self._buckets = buckets_up_to(self._spare)
+        self._captured: dict[int, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def apply(self, plan: StepPlan) -> None:
+        """Bring the plan's block-table edits to the device; work is proportional to the blocks that are new."""
+        if not plan.edits:
+            return
+        edits = [(slot, start + i, block) for slot, start, blocks in plan.edits for i, block in enumerate(blocks)]
+        if edits:
+            slots, columns, blocks = to_device(
+                torch.tensor(edits, dtype=torch.int64).T.contiguous(), self._tables.device
+            )
+            self._tables[slots, columns] = blocks.to(torch.int32)
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether every row of `plan` computes and samples one token, and a graph is large enough."""
+        rows = plan.scheduled
+        return len(rows) <= self._buckets[-1] and all(row.num_tokens == 1 and row.samples for row in rows)
+
+    def run(self, plan: StepPlan) -> Decoded:
+        """Replay a step that `takes` said yes to. Raises RuntimeError if it cannot be captured."""
+        num_rows = len(plan.scheduled)
+        size = next(size for size in self._buckets if size >= num_rows)
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
+        captured = self._captured[size]
+        inputs = torch.from_numpy(self._inputs(plan, size))
+        captured.inputs.copy_(inputs.pin_memory(), non_blocking=True)
+        captured.graph.replay()
+        return Decoded(captured.logits[:num_rows], captured.token_ids[:num_rows], captured.values[:num_rows])
+
+    def capture(self) -> None:
+        """Capture every bucket now, the largest first, so that the smaller ones fit into its memory."""
+        started = time.perf_counter()
+        for size in reversed(self._buckets):
+            self._captured[size] = self._capture(size)
+        log.info("captured %d decode graphs in %.1f s", len(self._buckets), time.perf_counter() - started)
+
+    def is_supported(self) -> bool:
+        """Whether the backend lets decode steps be captured."""
+        return self._backend.capturable(self._batch(self._padding(1)))
+
+    def _padding(self, size: int) -> Tensor:
+        row = torch.tensor([self._spare, 0, -1, 0], dtype=torch.int64, device=self._tokens.device)
+        return row[:, None].repeat(1, size)
+
+    def _inputs(self, plan: StepPlan, size: int) -> NDArray[np.int64]:
+        """int64 [4, size]: each row's slot, position, KV slot and sequence length."""
+        rows = plan.scheduled
+        inputs = np.empty((4, size), dtype=np.int64)
+        inputs[0, : len(rows)] = [row.slot for row in rows]
+        inputs[1, : len(rows)] = [row.start for row in rows]
+        slots, positions = inputs[0, : len(rows)], inputs[1, : len(rows)]
+        blocks = self._host_tables[slots, positions // self._block_size].astype(np.int64)
+        inputs[2, : len(rows)] = blocks * self._block_size + positions % self._block_size
+        inputs[3, : len(rows)] = positions + 1
+        inputs[:, len(rows) :] = [[self._spare], [0], [-1], [0]]
+        return inputs
+
+    def _capture(self, size: int) -> _Captured:
+        device, inputs = self._tokens.device, self._padding(size)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._step(inputs)  # compiles kernels and creates handles, which a capture must not do
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits, token_ids, values = self._step(inputs)
+        return _Captured(graph, inputs, logits, token_ids, values)
+
+    def _step(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slots, positions = inputs[0], inputs[1]
+        batch = self._batch(inputs)
+        self._backend.plan(batch)
+        logits = self._network(self._tokens[slots, positions], positions, batch.query_start_loc[:-1].long())
+        values, token_ids = logits.max(dim=-1)
+        self._tokens[slots, positions + 1] = token_ids
+        return logits, token_ids, values
+
+    def _batch(self, inputs: Tensor) -> AttentionBatch:
+        slots, positions, slot_mapping, seq_lens = inputs.unbind()
+        size, reach = len(slots), self._tokens.shape[1] - 1
+        return AttentionBatch(
+            query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=inputs.device),
+            seq_lens=seq_lens.to(torch.int32),
+            positions=positions,
+            block_table=self._tables[slots],
+            slot_mapping=slot_mapping,
+            max_query_len=1,
+            max_seq_len=reach,
+            query_lens=(1,) * size,
+            host_seq_lens=(reach,) * size,
+        )

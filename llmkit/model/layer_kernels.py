@@ -1,0 +1,126 @@
+"""What stands between the matrix products of a fused layer, one Triton kernel each; sums and products in float32."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Norm = tuple[Tensor, float]
+
+
+def run(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+    """A `FusedLayer` on `hidden` [N, hidden_size]; arguments and result as in `FusedLayer.__call__`."""
+    spec = layer.spec
+    _, normed = add_rms_norm(hidden, None, layer.input_norm)
+    qkv = layer.qkv(normed).view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    rotated = norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, layer.q_norm, layer.k_norm, cos, sin)
+    value = qkv[:, spec.num_heads + spec.num_kv_heads :]
+    context = attend(rotated[:, : spec.num_heads], rotated[:, spec.num_heads :], value)
+    hidden, normed = add_rms_norm(hidden, layer.out(context.view(len(hidden), -1)), layer.post_norm)
+    down: Tensor = layer.down(silu_and_multiply(layer.gate_up(normed)))
+    return hidden + down
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`x + delta` (or `x`) and its RMSNorm with weight and epsilon `norm`; all [N, width], contiguous."""
+    weight, epsilon = norm
+    rows, width = x.shape
+    x = x.contiguous()
+    total = x if delta is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(rows,)](
+        x, delta if delta is not None else x, weight, total, out, epsilon, width,
+        ADDS=delta is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return total, out
+
+
+def norm_and_rotate(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, q_norm: Norm | None, k_norm: Norm | None, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Queries and keys of `qkv` [N, num_heads + 2 num_kv_heads, D], normalised per head if asked, then rotated.
+
+    `cos`, `sin` [N, 1, D], contiguous, with the sign of the rotation folded into `sin`.
+    Returns [N, num_heads + num_kv_heads, D].
+    """
+    rows, all_heads, head_dim = qkv.shape
+    out = torch.empty(rows, num_heads + num_kv_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q_weight, epsilon = q_norm if q_norm is not None else (cos, 0.0)
+    k_weight = k_norm[0] if k_norm is not None else cos
+    _norm_and_rotate[(rows,)](
+        qkv, q_weight, k_weight, cos, sin, out, epsilon, num_heads, num_heads + num_kv_heads, all_heads, head_dim,
+        NORMS=q_norm is not None, HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
+        WIDTH=triton.next_power_of_2(head_dim), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of `gate_up` [N, 2 width], contiguous -> [N, width]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_and_multiply[(rows, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _add_rms_norm(
+    x, delta, weight, total, out, epsilon, width, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(delta + row + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row + column, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / width + epsilon)
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + column, (value * scale * gain).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_and_rotate(
+    qkv, q_weight, k_weight, cos, sin, out, epsilon, num_heads, num_rotated, all_heads, head_dim,
+    NORMS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    partner = (column + head_dim // 2) % head_dim
+    inside = (head < num_rotated) & (column < head_dim)
+    source = qkv + (row * all_heads + head) * head_dim
+    x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    if NORMS:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / head_dim + epsilon)[:, None]
+        is_query = head < num_heads
+        queries, keys = inside & is_query, inside & (head >= num_heads)
+        gain = tl.load(q_weight + column + 0 * head, mask=queries, other=0.0).to(tl.float32)
+        gain += tl.load(k_weight + column + 0 * head, mask=keys, other=0.0).to(tl.float32)
+        partner_gain = tl.load(q_weight + partner + 0 * head, mask=queries, other=0.0).to(tl.float32)
+        partner_gain += tl.load(k_weight + partner + 0 * head, mask=keys, other=0.0).to(tl.float32)
+        x, y = x * scale * gain, y * scale * partner_gain
+    cosine = tl.load(cos + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
+    sine = tl.load(sin + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
+    rotated = (x * cosine + y * sine).to(out.dtype.element_ty)
+    tl.store(out + (row * num_rotated + head) * head_dim + column, rotated, mask=inside)
+
+
+@triton.jit
+def _silu_and_multiply(gate_up, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)

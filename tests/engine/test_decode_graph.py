@@ -1,0 +1,55 @@
+"""Decode steps replayed as CUDA graphs give what eager steps give, whatever the number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkit import LLM, SamplingParams
+from llmkit.engine.decode_graph import MAX_ROWS, buckets_up_to
+from llmkit.model.loading import LoadedModel, load_model
+from llmkit.model.spec import ModelSpec
+
+CONFIG = {
+    "model_type": "qwen3", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256,
+    "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True, "initializer_range": 0.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 5, 64, 100, 256, 300, 1024, 4096])
+def test_buckets_reach_the_number_of_rows_and_no_further(max_rows: int) -> None:
+    sizes = buckets_up_to(max_rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(max_rows, MAX_ROWS)
+    assert all(size <= 64 + before * 2 for before, size in zip(sizes, sizes[1:], strict=False))
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(ModelSpec("small", config=CONFIG, seed=1), torch.bfloat16, torch.device("cuda"))
+
+
+def generate(model: LoadedModel, num_rows: int, params: list[SamplingParams], **options: object) -> list[list[int]]:
+    llm = LLM(model, {"name": "continuous", "max_num_seqs": 16}, attention="flash", dtype="bfloat16", **options)
+    assert (llm.engine.executor.graphs is not None) == options.get("graphs", True)  # type: ignore[attr-defined]
+    prompts = [[(7 * row + i) % 500 + 2 for i in range(1 + 5 * row % 37)] for row in range(num_rows)]
+    outputs = llm.generate(prompts, params)
+    assert llm.engine.planner.allocator.stats().num_used_blocks == 0
+    return [list(output.token_ids) for output in outputs]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 16, 23])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_replay_equals_eager(model: LoadedModel, num_rows: int, depth: int) -> None:
+    params = [SamplingParams(max_tokens=10 + row * 3 % 17, ignore_eos=True) for row in range(num_rows)]
+    wanted = generate(model, num_rows, params, graphs=False, depth=0)
+    assert len({token for tokens in wanted for token in tokens}) > 5
+    assert generate(model, num_rows, params, depth=depth) == wanted
+
+
+@pytest.mark.cuda
+def test_rows_that_sample_or_ask_for_more(model: LoadedModel) -> None:
+    asks = [{}, {"temperature": 0.8, "seed": 3}, {"logprobs": 2}, {"min_tokens": 5}, {"repetition_penalty": 1.3}]
+    params = [SamplingParams(max_tokens=12, **({"temperature": 0.0} | ask)) for ask in asks]  # type: ignore[arg-type]
+    assert generate(model, 5, params, depth=1) == generate(model, 5, params, graphs=False, depth=0)
