@@ -1,6 +1,7 @@
 """Built-in attention backends; registered by an entry point like anyone else's. Torch-free: backends load lazily."""
 
 from llmkit import AttentionRequirements, Registry, hookimpl
+from llmkit_attention.flash.limits import reasons_against
 
 
 @hookimpl
@@ -8,9 +9,12 @@ def llmkit_register(registry: Registry) -> None:
     registry.add_attention(
         "sdpa", "llmkit_attention.sdpa:SdpaAttention", doc="PyTorch's scaled dot product attention, on any device."
     )
+    registry.add_attention(
+        "flash", "llmkit_attention.flash.backend:FlashAttention", doc="Paged attention in Triton kernels, for CUDA."
+    )
 
 
 @hookimpl(trylast=True)
 def llmkit_select_attention(requirements: AttentionRequirements) -> str | None:
-    """What runs everywhere, if nobody has bid for something better."""
-    return "sdpa"
+    """The Triton kernels on CUDA where they can serve; else what runs everywhere. Anyone may bid something better."""
+    return "flash" if requirements.device == "cuda" and not reasons_against(requirements) else "sdpa"

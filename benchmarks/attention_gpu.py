@@ -1,0 +1,123 @@
+"""Measures the Triton attention backend on a GPU: decode by a CUDA graph, prefill by events; prints a table.
+
+    python -m benchmarks.attention_gpu > benchmarks/results/h200/attention.md
+
+Every layer has keys and values of its own, enough of them to leave the caches; times include storing the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+import triton
+
+from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit_attention.flash.backend import FlashAttention
+
+DEVICE, BLOCK, DIM = torch.device("cuda"), 16, 128
+HEADS = [(16, 8), (32, 8)]
+DECODES = [(rows, context) for rows in (1, 64, 256) for context in (512, 2048, 8192)]
+PREFILLS = [
+    (16, 8, 32, 512, 0),
+    (32, 8, 16, 1024, 0),
+    (32, 8, 4, 8192, 0),
+    (32, 8, 1, 16384, 0),
+    (32, 8, 1, 8192, 8192),
+]
+"""(query heads, KV heads, rows, new tokens of each, tokens each has stored before)."""
+
+
+def median_ms(run: Callable[[], object], repeats: int = 10) -> float:
+    """Median time of `run` between CUDA events, after two runs that do not count."""
+    times = []
+    for number in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if number > 1:
+            times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 2 GiB."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
+
+
+def batch(rows: int, new: int, stored: int) -> AttentionBatch:
+    """Rows of one shape over blocks in random order."""
+    length, blocks = new + stored, -(-(new + stored) // BLOCK)
+    table = torch.randperm(rows * blocks, device=DEVICE, dtype=torch.int32).view(rows, blocks)
+    positions = torch.arange(stored, length, device=DEVICE)
+    slots = (table[:, positions // BLOCK].long() * BLOCK + positions % BLOCK).flatten()
+    starts = torch.tensor([0, *accumulate([new] * rows)], dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((rows,), length, dtype=torch.int32, device=DEVICE)
+    return AttentionBatch(
+        starts, lengths, positions.repeat(rows), table, slots, new, length, (new,) * rows, (length,) * rows
+    )
+
+
+def prepared(spec: LayerSpec, step: AttentionBatch, num_layers: int) -> Callable[[], None]:
+    """A step of `num_layers` layers, warmed up."""
+    requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, (spec,) * num_layers)
+    backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, DEVICE)
+    backend.allocate(step.block_table.numel())
+    for pool in backend._pools:
+        pool.normal_()
+    shape = (len(step.positions), spec.num_heads + 2 * spec.num_kv_heads, DIM)
+    merged = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    query, key, value = merged.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+    backend.plan(step)
+
+    def run() -> None:
+        for layer in range(num_layers):
+            backend.forward(layer, query, key, value)
+
+    run()
+    torch.cuda.synchronize()
+    return run
+
+
+def decode_us(spec: LayerSpec, rows: int, context: int) -> float:
+    """Microseconds a layer of one decode step takes inside a CUDA graph."""
+    size = 4 * rows * context * spec.num_kv_heads * DIM
+    num_layers = max(2, min(64, (1 << 30) // size))
+    run = prepared(spec, batch(rows, 1, context - 1), num_layers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_ms(graph.replay) * 1e3 / num_layers
+
+
+def main() -> None:
+    bandwidth = copy_bandwidth()
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+    print(
+        f"# Attention backend `flash` on {torch.cuda.get_device_name()}\n\n{versions}; bf16, blocks of {BLOCK}, ",
+        end="",
+    )
+    print(f"head dimension {DIM}; copy {bandwidth / 1e12:.2f} TB/s.\n\nCommand: `python -m benchmarks.attention_gpu`\n")
+    print("| heads | rows x context | us a layer | us of its bytes at copy bandwidth | % |\n|---|---|---|---|---|")
+    for heads, kv_heads in HEADS:
+        spec = LayerSpec(heads, kv_heads, DIM, DIM**-0.5)
+        for rows, context in DECODES:
+            took, floor = decode_us(spec, rows, context), 4 * rows * context * kv_heads * DIM / bandwidth * 1e6
+            name = f"| {heads}/{kv_heads} | {rows} x {context}"
+            print(f"{name} | {took:.1f} | {floor:.1f} | {100 * floor / took:.0f} |", flush=True)
+    print("\n| heads | rows x new tokens (+ stored) | ms a layer | TFLOP/s |\n|---|---|---|---|")
+    for heads, kv_heads, rows, new, stored in PREFILLS:
+        took = median_ms(prepared(LayerSpec(heads, kv_heads, DIM, DIM**-0.5), batch(rows, new, stored), 1))
+        flops = 4 * heads * DIM * rows * (new * stored + new * (new + 1) / 2)
+        print(
+            f"| {heads}/{kv_heads} | {rows} x {new} (+ {stored}) | {took:.3f} | {flops / took / 1e9:.0f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

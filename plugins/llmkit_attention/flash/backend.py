@@ -1,0 +1,86 @@
+"""Paged attention in Triton, for CUDA: a step's single-token rows by one kernel, longer rows by another.
+
+Keys and values lie in two pools [num_blocks, num_kv_heads, block_size, head_dim] a layer, so what one KV head reads of
+a block is one contiguous tile. The kernels load no slot behind a row's keys, so nothing is ever cleared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements
+from llmkit_attention.flash.launch import Launch, Workspace
+from llmkit_attention.flash.limits import reasons_against
+
+QUERIES = 64
+"""New tokens one prefill program takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """`tiles` int32 [T, 2], (row, first new token) of every prefill program, None for none; `single` rows exist."""
+
+    batch: AttentionBatch
+    tiles: torch.Tensor | None
+    single: bool
+
+
+class FlashAttention(AttentionBackend):
+    """Grouped heads, windows and soft caps, head dimensions 16 to 256, in bfloat16 or float16.
+
+    Steps of single tokens launch grids that depend on nothing but the number of rows and `max_seq_len`, read every
+    length and block on the device and allocate only their result: they can be captured in a CUDA graph. A row that
+    only fills up a captured batch has one token, `seq_lens` 0 and slot -1; it reads and stores nothing and gives zeros.
+    """
+
+    @classmethod
+    def check(cls, requirements: AttentionRequirements) -> list[str]:
+        return reasons_against(requirements)
+
+    def bytes_per_block(self) -> int:
+        per_token = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.requirements.layers)
+        return per_token * self.requirements.block_size * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int) -> None:
+        layers, block_size = self.requirements.layers, self.requirements.block_size
+        self._pools = [
+            torch.zeros(
+                (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim), dtype=self.dtype, device=self.device
+            )
+            for spec in layers
+        ]
+        workspace = Workspace(layers, self.device)
+        launches = {spec: Launch(spec, block_size, workspace) for spec in dict.fromkeys(layers)}
+        self._launches = [launches[spec] for spec in layers]
+
+    def capturable(self, batch: AttentionBatch) -> bool:
+        return self.device.type == "cuda" and batch.max_query_len == 1
+
+    def plan(self, batch: AttentionBatch) -> None:
+        if batch.max_query_len == 1:
+            self._step = _Step(batch, None, True)
+            return
+        tiles = [
+            (row, first)
+            for row, length in enumerate(batch.query_lens)
+            if length > 1
+            for first in reversed(range(0, length, QUERIES))
+        ]
+        self._step = _Step(batch, self._to_device(tiles) if tiles else None, 1 in batch.query_lens)
+
+    def _to_device(self, tiles: list[tuple[int, int]]) -> torch.Tensor:
+        """The tiles as int32 [T, 2], copied without waiting for the device."""
+        table = torch.tensor(tiles, dtype=torch.int32)
+        return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
+
+    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        pool, launch, step = self._pools[layer], self._launches[layer], self._step
+        launch.write(key, value, step.batch.slot_mapping, pool)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if step.tiles is not None:
+            launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)
+        if step.single:
+            launch.decode(query, pool, out, step.batch)
+        return out

@@ -1,0 +1,39 @@
+"""What the kernels can serve. Imports neither torch nor triton, so that asking costs nothing."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = range(16, 257)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reasons_against(requirements: AttentionRequirements) -> list[str]:
+    """Why the kernels cannot serve `requirements`; empty if they can."""
+    reasons = []
+    if requirements.device != "cuda" and not is_interpreted():
+        reasons.append(f"device {requirements.device} is not cuda")
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if requirements.dtype not in DTYPES:
+        reasons.append(f"dtype {requirements.dtype} is not one of {DTYPES}")
+    if requirements.block_size & (requirements.block_size - 1):
+        reasons.append(f"block size {requirements.block_size} is not a power of two")
+    return reasons + [reason for layer in dict.fromkeys(requirements.layers) for reason in _against(layer)]
+
+
+def _against(layer: LayerSpec) -> list[str]:
+    reasons = []
+    if layer.num_heads % layer.num_kv_heads:
+        reasons.append(f"{layer.num_heads} query heads do not divide into {layer.num_kv_heads} KV heads")
+    if layer.head_dim not in HEAD_DIMS:
+        reasons.append(f"head dimension {layer.head_dim} is not within {HEAD_DIMS.start} to {HEAD_DIMS.stop - 1}")
+    return reasons

@@ -1,0 +1,48 @@
+"""Kernel for rows with several new tokens: tiles of queries over the row's pages, causal from each query's place."""
+
+import triton
+import triton.language as tl
+
+from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
+
+
+@triton.jit
+def attend_many(
+    query, key_pool, value_pool, out, tiles, starts, lengths, tables, table_stride,
+    query_n, query_h, query_d, scale, softcap, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Program (query head, tile): `tiles` int32 [tiles, 2] names a row and the first of QUERIES of its new tokens."""
+    head, tile = tl.program_id(0), tl.program_id(1)
+    row, offset = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    start, length = tl.load(starts + row), tl.load(lengths + row)
+    count = tl.load(starts + row + 1) - start
+    index, dim = offset + tl.arange(0, QUERIES), tl.arange(0, DIM_PAD)
+    token, position = (start + index).to(tl.int64), length - count + index
+    real = (index < count)[:, None] & (dim < DIM)[None, :]
+    block = tl.load(query + token[:, None] * query_n + head * query_h + dim[None, :] * query_d, mask=real, other=0.0)
+    lowest = length - count + offset
+    begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE if WINDOW else 0
+    end = tl.minimum(lowest + QUERIES, length)
+    table = tables + row.to(tl.int64) * table_stride
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    context = tl.zeros([QUERIES, DIM_PAD], tl.float32)
+    page = page_ids(table, begin, end, PAGE, TILE)
+    for first in range(begin, end, TILE):
+        keys = first + tl.arange(0, TILE)
+        base = offsets(page, keys, head // GROUP, HEADS, PAGE, DIM)
+        page = page_ids(table, first + TILE, end, PAGE, TILE)
+        here = (keys < end)[:, None] & (dim < DIM)[None, :]
+        stored = tl.load(key_pool + base[:, None] + dim[None, :], mask=here, other=0.0)
+        logits = scores(block, tl.trans(stored), scale, softcap, SOFTCAP)
+        visible = keys[None, :] <= position[:, None]
+        if WINDOW:
+            visible &= keys[None, :] > position[:, None] - window
+        values = tl.load(value_pool + base[:, None] + dim[None, :], mask=here, other=0.0)
+        logits = tl.where(visible, logits, float("-inf"))
+        top, total, context = accumulate(logits, values, top, total, context)
+    context = context / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = (token[:, None] * (HEADS * GROUP) + head) * DIM + dim[None, :]
+    tl.store(out + target, context.to(out.dtype.element_ty), mask=real)

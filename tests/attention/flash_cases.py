@@ -1,0 +1,125 @@
+"""What the Triton backend must do, run once in Triton's interpreter (float16) and once on a GPU (bfloat16).
+
+Not collected by itself: `test_flash.py` runs it in a process of its own, as the interpreter is chosen by environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit.interfaces.settings import Settings
+from llmkit_attention.flash.backend import FlashAttention
+from tests.attention.sequences import Rows, Sequences, dense
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPE, TOLERANCE = (torch.float16, 6e-3) if INTERPRETED else (torch.bfloat16, 4e-2)
+HEADS = {1: (2, 2), 2: (4, 2), 4: (4, 1), 8: (16, 2), 6: (6, 1)}
+STEPS: list[Rows] = [
+    [("a", 5), ("b", 70)],
+    [("a", 1), ("b", 1), ("c", 3)],
+    [("c", 9), ("b", 66), ("a", 1)],
+    [("b", 1), ("c", 1), ("a", 1)],
+]
+"""Prompts longer than a tile, beside decodes; chunks behind a cached prefix; decodes only."""
+
+
+class OnDevice(FlashAttention):
+    """The backend on DEVICE behind an interface on the CPU; unused slots start as NaN."""
+
+    @classmethod
+    def check(cls, requirements: AttentionRequirements) -> list[str]:
+        return super().check(replace(requirements, device="cuda"))
+
+    def __init__(self, settings: Settings, requirements: AttentionRequirements, dtype: torch.dtype, _: Any) -> None:
+        super().__init__(settings, replace(requirements, device="cuda"), dtype, DEVICE)
+
+    def plan(self, batch: AttentionBatch) -> None:
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        super().plan(replace(batch, **{k: v.to(DEVICE) for k, v in values.items() if isinstance(v, torch.Tensor)}))
+
+    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return super().forward(layer, query.to(DEVICE), key.to(DEVICE), value.to(DEVICE)).cpu()
+
+    def fill(self, value: float) -> None:
+        for pool in self._pools:
+            pool.fill_(value)
+
+
+def layer(ratio: int = 2, head_dim: int = 64, **options: Any) -> LayerSpec:
+    num_heads, num_kv_heads = HEADS[ratio]
+    return LayerSpec(num_heads, num_kv_heads, head_dim, **{"scale": head_dim**-0.5, **options})
+
+
+def sequences(layers: list[LayerSpec], block_size: int = 16, num_blocks: int = 40) -> Sequences:
+    made = Sequences(OnDevice, layers, DTYPE, block_size=block_size, num_blocks=num_blocks)
+    assert isinstance(made.backend, OnDevice)
+    made.backend.fill(float("nan"))
+    return made
+
+
+def run(made: Sequences, steps: list[Rows] = STEPS) -> None:
+    for number, rows in enumerate(steps):
+        error = made.step(rows, slack=number)
+        assert error <= TOLERANCE, f"step {number}, {rows}: {error:.1e}"
+
+
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("ratio", HEADS)
+def test_shared_kv_heads_and_windows(ratio: int, window: int | None) -> None:
+    run(sequences([layer(ratio, window=window)]))
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dimensions(head_dim: int) -> None:
+    run(sequences([layer(4, head_dim)]))
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(0.7, 1.0), (50.0, 0.1), (2.0, 0.05)])
+def test_scale_and_softcap(softcap: float, scale: float) -> None:
+    run(sequences([layer(2, scale=scale, softcap=softcap, window=window) for window in (None, 7)]))
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64, 128])
+def test_blocks_of_any_power_of_two_in_layers_that_differ(block_size: int) -> None:
+    run(sequences([layer(2), layer(4, 32, window=9)], block_size, max(8, 512 // block_size)))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> None:
+    made = sequences([layer(4, window=window)], block_size=64)
+    run(made, [[("long", 1100), ("short", 3)], [("long", 1), ("short", 1)], [("short", 1), ("new", 1), ("long", 1)]])
+
+
+@pytest.mark.parametrize("longest", [10, 600])
+def test_rows_of_length_zero_give_zeros_and_touch_nothing(longest: int) -> None:
+    made = sequences([layer(2)], block_size=64)
+    made.step([("a", 4), ("b", longest)])
+    for name in "ab":
+        made._grow(name, 1)
+    batch, (query, key, value) = made.batch([("a", 1), ("b", 1)]), list(made.draw(0, 3))
+    end = torch.tensor([3], dtype=torch.int32)
+    padded = replace(
+        batch,
+        query_start_loc=torch.cat([batch.query_start_loc, end]),
+        seq_lens=torch.cat([batch.seq_lens, torch.zeros_like(end)]),
+        positions=torch.cat([batch.positions, torch.zeros(1, dtype=torch.int64)]),
+        block_table=torch.cat([batch.block_table, torch.zeros_like(batch.block_table[:1])]),
+        slot_mapping=torch.cat([batch.slot_mapping, torch.tensor([-1])]),
+        query_lens=(1, 1, 1),
+        host_seq_lens=(*batch.host_seq_lens, 0),
+    )
+    made.backend.plan(padded)
+    out = made.backend.forward(0, query, key, value)
+    assert not out[2].any()
+    for row, name in enumerate("ab"):
+        keys, values = made.stored[name].layers[0]
+        both = torch.cat([keys, key[row : row + 1]]), torch.cat([values, value[row : row + 1]])
+        wanted = dense(made.requirements.layers[0], query[row : row + 1], *both)
+        assert (out[row] - wanted).abs().max() <= TOLERANCE

@@ -1,0 +1,67 @@
+"""The Triton backend: its limits anywhere, its kernels in Triton's interpreter and, marked `cuda`, on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy
+import pytest
+
+from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
+from llmkit_attention import llmkit_select_attention
+from llmkit_attention.flash.limits import reasons_against
+
+ROOT = Path(__file__).parents[2]
+CAN_INTERPRET = find_spec("triton") is not None and tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
+
+
+def requirements(
+    device: str = "cuda", dtype: str = "bfloat16", block_size: int = 16, **spec: int
+) -> AttentionRequirements:
+    values = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, **spec}
+    return AttentionRequirements(device, dtype, block_size, (LayerSpec(**values, scale=1.0),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("unfit", "reason"),
+    [
+        (requirements(device="cpu"), "device cpu is not cuda"),
+        (requirements(dtype="float32"), "dtype float32"),
+        (requirements(block_size=24), "block size 24 is not a power of two"),
+        (requirements(num_heads=3), "3 query heads do not divide"),
+        (requirements(head_dim=8), "head dimension 8"),
+        (requirements(head_dim=512), "head dimension 512"),
+    ],
+)
+def test_what_it_cannot_serve_it_says_and_leaves_to_sdpa(unfit: AttentionRequirements, reason: str) -> None:
+    assert any(said.startswith(reason) for said in reasons_against(unfit))
+    assert llmkit_select_attention(unfit) == "sdpa"
+
+
+def test_bids_on_cuda_where_triton_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit_attention.flash.limits.find_spec", lambda name: object())
+    assert llmkit_select_attention(requirements()) == "flash"
+    monkeypatch.setattr("llmkit_attention.flash.limits.find_spec", lambda name: None)
+    assert llmkit_select_attention(requirements()) == "sdpa"
+
+
+def run_cases(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "tests/attention/flash_cases.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    """Triton's interpreter breaks on numpy 2.4; without an interpreter there is nothing to run but the test above."""
+    if CAN_INTERPRET:
+        run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.cuda
+def test_kernels_on_a_gpu() -> None:
+    run_cases()

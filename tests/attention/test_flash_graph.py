@@ -1,0 +1,60 @@
+"""A decode step of the Triton backend captured once in a CUDA graph and replayed for lengths it was not captured at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit_attention.flash.limits import find_spec
+from tests.attention.sequences import dense
+
+SPEC = LayerSpec(8, 2, 128, 128**-0.5)
+BLOCK, ROWS, BOUND = 16, 4, 1024
+
+
+def decode_batch(lengths: list[int], table: torch.Tensor) -> AttentionBatch:
+    """Rows of `lengths` keys, 0 for one that only fills up; `table` int32 [ROWS, blocks] on the device."""
+    last = torch.tensor(lengths, device="cuda") - 1
+    slots = table.gather(1, (last.clamp(0) // BLOCK)[:, None])[:, 0].long() * BLOCK + last.clamp(0) % BLOCK
+    starts = torch.arange(ROWS + 1, dtype=torch.int32, device="cuda")
+    slots = torch.where(last < 0, -1, slots)
+    ones, bounds = (1,) * ROWS, (BOUND,) * ROWS
+    return AttentionBatch(starts, (last + 1).int(), last.clamp(0), table, slots, 1, BOUND, ones, bounds)
+
+
+@pytest.mark.cuda
+def test_a_captured_step_serves_other_lengths() -> None:
+    assert find_spec("triton") is not None, "a GPU without triton"
+    from llmkit_attention.flash.backend import FlashAttention
+
+    requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, (SPEC,))
+    device = torch.device("cuda")
+    backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, device)
+    pages = BOUND // BLOCK
+    backend.allocate(ROWS * pages)
+    torch.manual_seed(0)
+    backend._pools[0].normal_()
+    table = torch.randperm(ROWS * pages, device=device, dtype=torch.int32).view(ROWS, pages)
+    query, key, value = (torch.randn(ROWS, heads, 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    static = decode_batch([1, 2, 3, 0], table)
+    assert backend.capturable(static)
+    backend.plan(static)
+    backend.forward(0, query, key, value)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.forward(0, query, key, value)
+    for lengths in ([1000, 1, 0, 17], [64, 65, 1024, 513], [0, 0, 0, 300]):
+        fresh = decode_batch(lengths, table)
+        static.seq_lens.copy_(fresh.seq_lens)
+        static.slot_mapping.copy_(fresh.slot_mapping)
+        graph.replay()
+        for row, length in enumerate(lengths):
+            if not length:
+                assert not out[row].any()
+                continue
+            pool = backend._pools[0][:, table[row].long()].transpose(2, 3).reshape(2, -1, 2, 128)[:, :length].cpu()
+            assert torch.equal(pool[0, -1], key[row].cpu()) and torch.equal(pool[1, -1], value[row].cpu())
+            wanted = dense(SPEC, query[row : row + 1].cpu(), pool[0], pool[1])
+            assert (out[row].cpu() - wanted).abs().max() <= 4e-2
