@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ CONFIG = {
 def test_buckets_reach_the_number_of_rows_and_no_further(max_rows: int) -> None:
     sizes = buckets_up_to(max_rows)
     assert sizes == sorted(set(sizes)) and sizes[-1] == min(max_rows, MAX_ROWS)
-    assert all(size <= 64 + before * 2 for before, size in zip(sizes, sizes[1:], strict=False))
+    assert all(size <= 64 + before * 2 for before, size in pairwise(sizes))
 
 
 @pytest.fixture(scope="module")

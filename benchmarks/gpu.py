@@ -1,0 +1,88 @@
+"""Throughput of the named GPU workloads: every run through `LLM.generate`, medians, one table.
+
+python benchmarks/gpu.py --model qwen3_0_6b nano256 single batch64
+python benchmarks/gpu.py --model llama_8b single batch64 prefill --runs 3 --out benchmarks/results/h200/llama_8b.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from llmkit import LLM, SamplingParams
+from llmkit.workload.named import WORKLOADS
+
+
+def timed(llm: LLM, workload: str) -> tuple[float, int, int]:
+    """Seconds from the first prompt queued to the last token, prompt tokens and output tokens of one run, seed 0."""
+    requests = WORKLOADS[workload](0)
+    params = [SamplingParams(max_tokens=r.max_tokens, temperature=0.0, ignore_eos=True) for r in requests]
+    started = time.perf_counter()
+    outputs = llm.generate([list(r.prompt_token_ids) for r in requests], params)
+    seconds = time.perf_counter() - started
+    num_out = sum(len(output.token_ids) for output in outputs)
+    assert num_out == sum(r.max_tokens for r in requests), "a request ended early"
+    return seconds, sum(len(r.prompt_token_ids) for r in requests), num_out
+
+
+def measure(llm: LLM, workload: str, runs: int) -> str:
+    """A table row: the median of `runs` after one that is not counted."""
+    timed(llm, workload)
+    results = [timed(llm, workload) for _ in range(runs)]
+    seconds = statistics.median(seconds for seconds, _, _ in results)
+    spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
+    _, num_in, num_out = results[0]
+    rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f}"
+    return f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {spread:.1%} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("workloads", nargs="+", choices=sorted(WORKLOADS))
+    add("--model", default="qwen3_0_6b")
+    add("--runs", type=int, default=3)
+    add("--max-num-seqs", type=int, default=256)
+    add("--max-num-batched-tokens", type=int, default=16384)
+    add("--max-model-len", type=int, default=8704)
+    add("--attention", default="flash")
+    add("--out", type=Path, help="also write the table here")
+    options = parser.parse_args(arguments)
+    limits = {"max_num_seqs": options.max_num_seqs, "max_num_batched_tokens": options.max_num_batched_tokens}
+    started = time.perf_counter()
+    llm = LLM(
+        options.model,
+        {"name": "continuous", **limits},
+        attention=options.attention,
+        block_size=64,
+        max_model_len=options.max_model_len,
+    )
+    loaded = time.perf_counter() - started
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    lines = [
+        f"# {options.model}: random weights, bf16, greedy, EOS ignored",
+        "",
+        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention}, blocks of 64, {limits},",
+        f"max_model_len {options.max_model_len}; median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
+        "",
+        "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for workload in options.workloads:
+        lines.append(measure(llm, workload, options.runs))
+        print(lines[-1], flush=True)
+    print("\n".join(lines))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
