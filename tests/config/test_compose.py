@@ -137,7 +137,7 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
             "unknown scheduler 'contnuous'; did you mean 'continuous'? (choices: continuous, mine, ",
         ),
         (["cache=x"], "unknown cache 'x' (choices: contiguous, paged)"),
-        (["attention=sdp"], "unknown attention 'sdp'; did you mean 'sdpa'? (choices: auto, sdpa)"),
+        (["attention=sdp"], "unknown attention 'sdp'; did you mean 'sdpa'? (choices: auto, flash, sdpa)"),
         (["model=lama_8b"], "unknown model 'lama_8b'; did you mean 'llama_8b'?"),
         (["engine=exakt"], "unknown engine 'exakt'; did you mean 'exact'? (choices: default, exact)"),
         (["+experiment=nope"], "unknown experiment 'nope'"),
