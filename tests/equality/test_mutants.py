@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkit import LayerSpec, StepPlan
-from llmkit.engine.inputs import InputBuilder, PackedInputs
+from llmkit.engine.inputs import InputBuilder
 from llmkit.llm import LLM
 from tests.equality.exact import ReallyFloat64
 from tests.equality.runs import BLOCK_SIZE, GREEDY, ROOMY, Tap, error_of, prompts, references
@@ -102,12 +102,12 @@ def test_wrong_inputs_are_noticed(
 
 
 def test_a_stale_block_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = InputBuilder.build
+    apply = InputBuilder.apply
 
-    def without_growth(self: InputBuilder, plan: StepPlan) -> PackedInputs:
-        return build(self, replace(plan, edits=tuple(edit for edit in plan.edits if edit.start == 0)))
+    def without_growth(self: InputBuilder, plan: StepPlan) -> None:
+        apply(self, replace(plan, edits=tuple(edit for edit in plan.edits if edit.start == 0)))
 
-    monkeypatch.setattr(InputBuilder, "build", without_growth)
+    monkeypatch.setattr(InputBuilder, "apply", without_growth)
     assert not is_right("llama")
 
 
