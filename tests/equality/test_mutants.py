@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkit import LayerSpec, StepPlan
-from llmkit.engine.inputs import InputBuilder
+from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.llm import LLM
 from tests.equality.exact import ReallyFloat64
 from tests.equality.runs import BLOCK_SIZE, GREEDY, ROOMY, Tap, error_of, prompts, references
