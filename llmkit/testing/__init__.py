@@ -5,15 +5,18 @@
 
 from llmkit.testing.caches import check_cache
 from llmkit.testing.chaos import Chaos
-from llmkit.testing.fake import FakeExecutor, next_token
+from llmkit.testing.fake import FakeExecutor
+from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.reference import ReferenceCache, ReservingCache, continuation
 from llmkit.testing.schedulers import check_scheduler
+from llmkit.testing.tags import next_token
 from llmkit.testing.walk import Coverage
 
 __all__ = [
     "Chaos",
     "Coverage",
     "FakeExecutor",
+    "OracleExecutor",
     "ReferenceCache",
     "ReservingCache",
     "check_cache",

@@ -6,33 +6,11 @@ It is stricter than a device: whatever a step named must still stand, untouched,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
+from llmkit.testing.tags import digests_of, extend, sample
 from llmkit.types import StepPlan, StepResult
-
-_MASK = (1 << 64) - 1
-
-
-def _extend(digest: int, token: int) -> int:
-    """Digest of a prefix that is one `token` longer (a 64-bit multiply and shift hash)."""
-    digest = (digest ^ (token + 1)) * 0x9E3779B97F4A7C15 & _MASK
-    return digest ^ digest >> 29
-
-
-def _digests(token_ids: Iterable[int]) -> list[int]:
-    """Digest of every non-empty prefix."""
-    return list(accumulate(token_ids, _extend, initial=0))[1:]
-
-
-def _sample(seed: int, digest: int, vocab_size: int) -> int:
-    return (_extend(digest, seed) >> 8) % vocab_size
-
-
-def next_token(seed: int, prefix: Sequence[int], vocab_size: int) -> int:
-    """The token that follows `prefix`: a pure function of seed and content."""
-    return _sample(seed, _digests(prefix)[-1], vocab_size)
 
 
 @dataclass(slots=True)
@@ -84,7 +62,7 @@ class FakeExecutor:
         self.num_steps += 1
         self.history.append(plan)
         for slot, request_id, token_ids, _, _, seed in plan.admissions:
-            self.slots[slot] = _Slot(request_id, seed, _digests(token_ids))
+            self.slots[slot] = _Slot(request_id, seed, digests_of(token_ids))
         for slot, start, blocks in plan.edits:
             table = self.slots[slot].table
             assert start <= len(table), f"slot {slot}: its table has {len(table)} blocks, an edit starts at {start}"
@@ -132,6 +110,6 @@ class FakeExecutor:
         assert samples == is_last, f"{slot.request_id!r}: samples={samples} after {end} of {len(slot.digests)} tokens"
         if not samples:
             return -1
-        token = _sample(slot.seed, slot.digests[-1], self.vocab_size)
-        slot.digests.append(_extend(slot.digests[-1], token))
+        token = sample(slot.seed, slot.digests[-1], self.vocab_size)
+        slot.digests.append(extend(slot.digests[-1], token))
         return token

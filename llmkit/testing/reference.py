@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec, CacheStats
 from llmkit.interfaces.settings import Settings
-from llmkit.testing.fake import next_token
+from llmkit.testing.tags import next_token
 from llmkit.types import FinishReason, Request
 
 

@@ -16,14 +16,14 @@ from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.clock import VirtualClock
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.chaos import Chaos, ChaosError
-from llmkit.testing.fake import FakeExecutor
 from llmkit.testing.invariants import check_empty, check_planner
+from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.reference import continuation
-from llmkit.testing.worlds import EOS, VOCAB_SIZE, World
+from llmkit.testing.worlds import World
 from llmkit.types import FinishReason, Request, StepPlan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Coverage:
     """What walks went through, to see that they were not vacuous."""
 
@@ -63,7 +63,7 @@ class Walk:
     depth: int = 0
     is_strict: bool = True
     engine: Engine = field(init=False)
-    executor: FakeExecutor = field(init=False)
+    executor: OracleExecutor = field(init=False)
     clock: VirtualClock = field(init=False)
     coverage: Coverage = field(init=False)
     _expected: defaultdict[str, deque[_Expected]] = field(init=False)
@@ -71,9 +71,16 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.clock, self.coverage = VirtualClock(), Coverage(num_walks=1)
-        self.executor = FakeExecutor(self.world.spec.block_size, VOCAB_SIZE, self.world.faults)
-        planner = Planner(self.scheduler, self.cache)
-        self.engine = Engine(planner, self.executor, self.world.limits, self.clock, depth=self.depth)
+        planner, limits = Planner(self.scheduler, self.cache), self.world.limits
+        self.executor = OracleExecutor(
+            self.world.spec.block_size,
+            self.scheduler.settings.max_num_seqs,
+            limits.max_model_len,
+            limits.vocab_size,
+            self.world.faults,
+            self.world.packs,
+        )
+        self.engine = Engine(planner, self.executor, limits, self.clock, depth=self.depth)
         self._expected = defaultdict(deque)
 
     def run(self) -> Coverage:
@@ -99,8 +106,8 @@ class Walk:
         assert not missing, f"requests {missing} never ended"
 
     def _add(self, request: Request) -> None:
-        request = replace(request, token_ids=list(request.token_ids))
-        tokens, reason = continuation(request, VOCAB_SIZE, EOS, self.world.limits.max_model_len)
+        request, limits = replace(request, token_ids=list(request.token_ids)), self.world.limits
+        tokens, reason = continuation(request, limits.vocab_size, limits.eos_token_ids, limits.max_model_len)
         self.engine.add(request)
         self._expected[request.request_id].append(_Expected(request, tokens, reason))
 
@@ -123,7 +130,7 @@ class Walk:
         in_flight = after[0] - after[1]
         assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
         check_planner(self.engine.planner, list(self.executor.history)[len(self.executor.history) - in_flight :])
-        self.coverage += Coverage(num_steps=1)
+        self.coverage.num_steps += 1
         self._check_progress(has_acted=before != after or bool(outputs), has_output=bool(outputs))
 
     def _take(self, output: StepOutput) -> None:
@@ -131,19 +138,16 @@ class Walk:
         expected.got += output.token_ids
         wanted, name = expected.tokens[: len(expected.got)], output.request_id
         assert expected.got == wanted, f"{name} got {expected.got}, wants {wanted}"
-        self.coverage += Coverage(num_tokens=len(output.token_ids))
+        self.coverage.num_tokens += len(output.token_ids)
         if output.finish_reason is None:
             return
         self._expected[output.request_id].popleft()
         assert output.completion is not None, f"{name} ended without its completion"
         assert list(output.completion.token_ids) == expected.got, f"{name}: the completion is not what was streamed"
         self._check_end(expected, output.finish_reason, output.error)
-        preemptions = output.completion.metrics.num_preemptions
-        self.coverage += Coverage(
-            num_preemptions=preemptions,
-            num_aborts=output.finish_reason is FinishReason.ABORT,
-            num_errors=output.finish_reason is FinishReason.ERROR,
-        )
+        self.coverage.num_preemptions += output.completion.metrics.num_preemptions
+        self.coverage.num_aborts += output.finish_reason is FinishReason.ABORT
+        self.coverage.num_errors += output.finish_reason is FinishReason.ERROR
 
     def _check_end(self, expected: _Expected, reason: FinishReason, error: str | None) -> None:
         request, num_got = expected.request, len(expected.got)

@@ -14,7 +14,7 @@ from llmkit.interfaces.clock import MonotonicClock, VirtualClock
 from llmkit.interfaces.scheduler import RequestQueue, RequestView, SchedulingStep
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.metrics.summary import summarise
-from llmkit.testing.fake import next_token
+from llmkit.testing.tags import next_token
 from llmkit.types import FinishReason, SamplingParams, StepPlan
 from llmkit.workload.driver import Played, run_workload
 from llmkit.workload.requests import TimedRequest

@@ -1,0 +1,207 @@
+"""The test oracle: an executor without a model, as strict about memory as a device is careless.
+
+Every KV slot stores a tag: the hash of the tokens it stands for, and its position. Rows write and read where the real
+input packing (`llmkit.engine.inputs`) points, block tables grow by the real edits and are never cleared, and every
+query must find exactly the tags of its own prefix. The next token is a hash of what was read. No torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llmkit.engine.inputs import InputBuilder
+from llmkit.testing.tags import Tag, extend, sample, tags_of
+from llmkit.types import ScheduledRequest, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class _Stay:
+    """What the token table knows of one stay in a slot: a tag for each token; where its next row must start."""
+
+    request_id: str
+    seed: int
+    tags: list[Tag]
+    num_blocks: int = 0
+    next_start: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where a row's queries stand, where their keys go and where all keys up to `end` are read."""
+
+    stay: _Stay
+    slot: int
+    start: int
+    end: int
+    writes: list[int]
+    table: list[int]
+
+
+@dataclass(slots=True)
+class _Pending:
+    executor: OracleExecutor
+    number: int
+    rows: list[_Row]
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        """The result; checks that later launches left alone whatever this step named."""
+        self.executor.num_results += 1
+        self.executor.land(self.number)
+        if self.executor.num_steps > self.number:
+            for row in self.rows:
+                assert self.executor.slots[row.slot] is row.stay, f"slot {row.slot} was handed over while in flight"
+                self.executor.read(row)
+        return self.result
+
+
+@dataclass(slots=True)
+class OracleExecutor:
+    """Runs plans on host lists for up to `max_num_seqs` sequences of up to `max_model_len` tokens.
+
+    With `packs` every step goes through `InputBuilder.build`; without, rows use its block tables only, which is
+    faster. `faults` maps request ids to the length from which on their rows fail, each with an error of its own.
+    """
+
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int = 2
+    faults: Mapping[str, int] = field(default_factory=dict)
+    packs: bool = True
+    num_steps: int = 0
+    num_results: int = 0
+    history: deque[StepPlan] = field(default_factory=lambda: deque(maxlen=6))
+    in_flight: deque[_Pending] = field(default_factory=deque)
+    slots: dict[int, _Stay] = field(default_factory=dict)
+    inputs: InputBuilder = field(init=False)
+    _kv: dict[int, list[Tag | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = InputBuilder(self.max_num_seqs, self.max_model_len, self.block_size)
+
+    def launch(self, plan: StepPlan) -> _Pending:
+        """Run `plan` at once; AssertionError if a query reads a tag that is not of its own prefix."""
+        self.num_steps += 1
+        self.history.append(plan)
+        for slot, request_id, token_ids, _, _, seed in plan.admissions:
+            self.slots[slot] = _Stay(request_id, seed, tags_of(token_ids))
+        for slot, start, blocks in plan.edits:
+            stay = self.slots[slot]
+            assert start <= stay.num_blocks, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
+            stay.num_blocks = start + len(blocks)
+        self.inputs.apply(plan)
+        slots = [self._check(scheduled) for scheduled in plan.scheduled]
+        assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
+        rows = self._packed(plan) if self.packs else [self._plain(row) for row in plan.scheduled]
+        for row in rows:
+            self._write(row)
+        tokens = [self._sample(row, wanted.samples) for row, wanted in zip(rows, plan.scheduled, strict=True)]
+        pending = _Pending(self, self.num_steps, rows, StepResult(plan.step_id, tokens, errors=self._errors(plan)))
+        self.in_flight.append(pending)
+        return pending
+
+    def land(self, number: int) -> None:
+        """Launch `number` and those before it have landed: nobody reads their blocks any more."""
+        while self.in_flight and self.in_flight[0].number <= number:
+            self.in_flight.popleft()
+
+    def _check(self, row: ScheduledRequest) -> int:
+        """What a row says agrees with what its slot holds; the slot."""
+        stay, end, name = self.slots[row.slot], row.start + row.num_tokens, row.request_id
+        assert stay.request_id == name, f"slot {row.slot} is not the slot of {name!r}"
+        assert row.num_tokens > 0, f"slot {row.slot}: a row of {row.num_tokens} tokens"
+        is_next = row.start == stay.next_start or stay.next_start is None
+        assert is_next, f"{name!r} has {stay.next_start} entries, a row starts at {row.start}"
+        assert end <= len(stay.tags), f"{name!r} runs to {end}, but knows {len(stay.tags)} tokens"
+        reach = stay.num_blocks * self.block_size
+        assert end <= reach, f"{name!r} writes up to {end}, but its blocks reach {reach}"
+        is_last = end == len(stay.tags)
+        assert row.samples == is_last, f"{name!r}: samples={row.samples} after {end} of {len(stay.tags)} tokens"
+        stay.next_start = end
+        return row.slot
+
+    def _plain(self, row: ScheduledRequest) -> _Row:
+        """A row as `InputBuilder.build` would pack it."""
+        start, end, size = row.start, row.start + row.num_tokens, self.block_size
+        table = self.inputs.block_tables[row.slot, : -(-end // size)].tolist()
+        writes = [table[position // size] * size + position % size for position in range(start, end)]
+        return _Row(self.slots[row.slot], row.slot, start, end, writes, table)
+
+    def _packed(self, plan: StepPlan) -> list[_Row]:
+        """The rows, read back from the packed arrays only."""
+        packed = self.inputs.build(plan)
+        first, tables = packed.query_start_loc.tolist(), packed.block_table.tolist()
+        positions, owners = packed.positions.tolist(), packed.token_slots.tolist()
+        writes, lengths = packed.slot_mapping.tolist(), packed.seq_lens.tolist()
+        rows = []
+        for index, slot in enumerate(packed.row_slots.tolist()):
+            mine = slice(first[index], first[index + 1])
+            start, end = positions[mine.start], lengths[index]
+            assert positions[mine] == list(range(start, end)), f"slot {slot}: positions {positions[mine]} up to {end}"
+            assert owners[mine] == [slot] * (end - start), f"slot {slot}: tokens of slots {owners[mine]}"
+            num_blocks = -(-end // self.block_size)
+            own, rest = tables[index][:num_blocks], tables[index][num_blocks:]
+            assert rest == own[:1] * len(rest), f"slot {slot}: reads {rest} behind its blocks {own}"
+            rows.append(_Row(self.slots[slot], slot, start, end, writes[mine], own))
+        fresh = [at // self.block_size for at in writes if not at % self.block_size]
+        assert packed.fresh_blocks.tolist() == fresh, f"fresh blocks {packed.fresh_blocks}, the step begins {fresh}"
+        lasts = [first[row + 1] - 1 for row in packed.sampling_rows]
+        assert packed.logit_tokens.tolist() == lasts, f"logits of tokens {packed.logit_tokens}, wants {lasts}"
+        wanted = [row.samples for row in plan.scheduled]
+        assert list(packed.sampling_rows) == [at for at, samples in enumerate(wanted) if samples], "wrong rows sample"
+        assert [row.start for row in rows] == [row.start for row in plan.scheduled], "rows start elsewhere"
+        return rows
+
+    def _write(self, row: _Row) -> None:
+        for position, at in zip(range(row.start, row.end), row.writes, strict=True):
+            block, offset = divmod(at, self.block_size)
+            if not offset or block not in self._kv:
+                self._kv[block] = [None] * self.block_size
+            self._kv[block][offset] = row.stay.tags[position]
+        written = {at // self.block_size for at in row.writes}
+        for pending in self.in_flight:
+            for other in pending.rows:
+                both = other.stay is not row.stay and written.intersection(other.table)
+                assert not both, (
+                    f"{row.stay.request_id!r} writes {both}, which {other.stay.request_id!r} reads in flight"
+                )
+
+    def read(self, row: _Row) -> list[Tag | None]:
+        """The first `end` entries that the row's block table leads to; AssertionError if they are not its prefix."""
+        wanted = row.stay.tags[: row.end]
+        found = self.entries(row.table, row.end)
+        if found != wanted:
+            wrong = next(
+                (at for at, (is_, tag) in enumerate(zip(found, wanted, strict=False)) if is_ != tag), len(found)
+            )
+            name, block = row.stay.request_id, row.table[wrong // self.block_size]
+            raise AssertionError(f"{name!r} reads a wrong KV entry at position {wrong}, block {block}")
+        return found
+
+    def entries(self, table: Sequence[int], end: int) -> list[Tag | None]:
+        """What stands in the first `end` KV slots of a block table; None where nothing was written."""
+        found = [tag for block in table for tag in self._kv.get(block, [None] * self.block_size)]
+        del found[end:]
+        return found
+
+    def _sample(self, row: _Row, samples: bool) -> int:
+        last = self.read(row)[-1]
+        if not samples or last is None:
+            return -1
+        token = sample(row.stay.seed, last[0], self.vocab_size)
+        row.stay.tags.append((extend(last[0], token), last[1] + 1))
+        return token
+
+    def _errors(self, plan: StepPlan) -> dict[int, str]:
+        """Rows that fail by order of `faults`."""
+        if not self.faults:
+            return {}
+        ends = enumerate((row.request_id, row.start + row.num_tokens) for row in plan.scheduled)
+        return {
+            index: f"fault injected at {self.faults[name]} tokens"
+            for index, (name, end) in ends
+            if end >= self.faults.get(name, 1 << 60)
+        }
