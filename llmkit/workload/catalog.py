@@ -20,6 +20,7 @@ from llmkit.workload.settings import (
     GridSettings,
     NamedSettings,
     PoissonSettings,
+    ShortLongSettings,
     TraceSettings,
 )
 
@@ -31,6 +32,9 @@ NAMED = {
     "prefill": "32 requests, 8192 in, 8 out",
 }
 
+PRESETS: dict[str, type[PoissonSettings]] = {"short_long": ShortLongSettings}
+"""Poisson arrivals whose defaults show what a scheduler is good for."""
+
 
 @hookimpl
 def llmkit_register(registry: Registry) -> None:
@@ -41,6 +45,8 @@ def llmkit_register(registry: Registry) -> None:
     add("workload", "poisson", f"{served}:poisson", PoissonSettings, _doc(PoissonSettings))
     add("workload", "gamma", f"{served}:gamma", GammaSettings, _doc(GammaSettings))
     add("workload", "trace", f"{served}:trace", TraceSettings, _doc(TraceSettings))
+    for name, settings in PRESETS.items():
+        add("workload", name, f"{served}:{name}", settings, _doc(settings))
     for name, doc in NAMED.items():
         add("workload", name, f"{served}:{name}", NamedSettings, doc)
 

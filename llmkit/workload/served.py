@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -134,6 +134,11 @@ def batch(settings: BatchSettings) -> ServedWorkload:
 def poisson(settings: PoissonSettings) -> ServedWorkload:
     """Poisson arrivals."""
     return ServedWorkload("poisson", settings, lambda bounds: synthesise(settings, settings.rate, 1.0, bounds))
+
+
+def short_long(settings: PoissonSettings) -> ServedWorkload:
+    """Poisson arrivals with other defaults."""
+    return replace(poisson(settings), name="short_long")
 
 
 def gamma(settings: GammaSettings) -> ServedWorkload:

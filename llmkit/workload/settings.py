@@ -72,6 +72,9 @@ class SyntheticSettings(ServedSettings):
     prefix_groups: int = Field(default=0, ge=0, le=1_000_000, description="groups of requests that share a prefix")
     prefix_len: int = Field(default=0, ge=0, le=MAX_LEN, description="tokens of each shared prefix")
     priorities: int = Field(default=1, ge=1, le=1000, description="priorities are drawn from 0 to this, exclusive")
+    hint_error: float | None = Field(
+        default=None, ge=0.0, le=10.0, description="give length hints, this far off (std of the log); null: give none"
+    )
     prompt_file: str = Field(default="", description="text file to cut prompts from; empty: random token ids")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
 
@@ -90,6 +93,17 @@ class PoissonSettings(SyntheticSettings):
     """Poisson arrivals."""
 
     rate: float = Field(default=8.0, gt=0.0, description="requests per second; .inf: all at once")
+
+
+class ShortLongSettings(PoissonSettings):
+    """Many short outputs and a few long ones, with length hints: what `sjf` is for."""
+
+    num_requests: int = Field(default=200, ge=1, le=1_000_000, description="how many requests")
+    rate: float = Field(default=50.0, gt=0.0, description="requests per second; .inf: all at once")
+    max_tokens: Lengths = Field(default=((0.0, 4), (0.8, 32), (1.0, 256)), description="output tokens")
+    hint_error: float | None = Field(
+        default=0.3, ge=0.0, le=10.0, description="give length hints, this far off (std of the log); null: give none"
+    )
 
 
 class GammaSettings(PoissonSettings):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.workload.arrivals import arrival_times
 from llmkit.workload.lengths import sample_lengths
 from llmkit.workload.prompts import prompt_source
 from llmkit.workload.protocol import ModelBounds
 from llmkit.workload.requests import TimedRequest
-from llmkit.workload.settings import SyntheticSettings
+from llmkit.workload.settings import MAX_LEN, SyntheticSettings
 
 
 def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, bounds: ModelBounds) -> list[TimedRequest]:
@@ -19,8 +20,8 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     prefix groups, a request belongs to one drawn uniformly and starts with its `prefix_len` tokens.
     """
     size, seed = settings.num_requests, settings.seed
-    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng = (
-        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(6)
+    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng, hint_rng = (
+        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(7)
     )
     times = arrival_times(size, rate, burstiness, times_rng)
     prompt_lens = sample_lengths(settings.prompt_len, size, prompt_rng)
@@ -29,9 +30,18 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     prefixes = [draw(settings.prefix_len) for _ in range(settings.prefix_groups)] or [()]
     groups = group_rng.integers(len(prefixes), size=size)
     priorities = priority_rng.integers(settings.priorities, size=size)
+    hints = _hints(settings.hint_error, output_lens, hint_rng)
     return [
-        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority)
-        for time, prompt_len, max_tokens, group, priority in zip(
-            *(column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities)), strict=True
+        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority, length_hint=hint)
+        for time, prompt_len, max_tokens, group, priority, hint in zip(
+            *(column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities)), hints, strict=True
         )
     ]
+
+
+def _hints(error: float | None, lengths: NDArray[np.int64], rng: np.random.Generator) -> list[int] | list[None]:
+    """`lengths` times a log-normal factor whose logarithm has standard deviation `error`, within [1, MAX_LEN]."""
+    if error is None:
+        return [None] * len(lengths)
+    guesses = np.rint(lengths * np.exp(error * rng.standard_normal(len(lengths))))
+    return np.clip(guesses, 1, MAX_LEN).astype(np.int64).tolist()

@@ -4,6 +4,7 @@ from llmkit import Registry, hookimpl
 from llmkit_schedulers.continuous import Continuous
 from llmkit_schedulers.priority import Priority
 from llmkit_schedulers.sequential import Sequential
+from llmkit_schedulers.sjf import ShortestJobFirst
 from llmkit_schedulers.static import Static
 
 
@@ -13,3 +14,4 @@ def llmkit_register(registry: Registry) -> None:
     registry.add_scheduler("static", Static)
     registry.add_scheduler("continuous", Continuous)
     registry.add_scheduler("priority", Priority)
+    registry.add_scheduler("sjf", ShortestJobFirst)

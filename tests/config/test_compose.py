@@ -191,7 +191,10 @@ def test_help_lists_foreign_components_on_stdout(
         jobs(registry, "--help")
     assert caught.value.code == 0
     out, err = capsys.readouterr()
-    assert "scheduler: continuous, mine, priority, sequential, static" in out and "max_num_batched_tokens: 2048" in out
+    assert (
+        "scheduler: continuous, mine, priority, sequential, sjf, static" in out
+        and "max_num_batched_tokens: 2048" in out
+    )
     assert err == ""
     assert not list(workdir.iterdir()), "help wrote files"
 

@@ -10,14 +10,22 @@ from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
 from llmkit_schedulers.priority import Priority
 from llmkit_schedulers.sequential import Sequential
+from llmkit_schedulers.sjf import ShortestJobFirst
 from llmkit_schedulers.static import Static
+
+SCHEDULERS = [Continuous, Priority, Sequential, ShortestJobFirst, Static]
+# Options under which a walk of some forty seconds goes through all a scheduler may do.
+OPTIONS: dict[type[Scheduler], dict[str, float]] = {
+    Priority: {"ageing_seconds": 5.0},
+    ShortestJobFirst: {"seconds_per_token": 1.0},
+}
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("cache", [PagedCache, ContiguousCache])
-@pytest.mark.parametrize("scheduler", [Continuous, Priority, Sequential, Static])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_combination_conforms(scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int) -> None:
-    options = {"ageing_seconds": 5.0} if scheduler is Priority else {}
+    options = OPTIONS.get(scheduler, {})
     coverage = check_scheduler(scheduler, options=options, caches=[cache], depths=[depth], seeds=range(30))
     assert coverage.num_walks == 30 and coverage.num_steps > 1000 and coverage.num_tokens > 700, coverage
     assert coverage.num_aborts > 15 and coverage.num_errors > 5, coverage
@@ -32,7 +40,7 @@ def test_chaos_cannot_corrupt_anything(cache: type[CacheAllocator]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", [Continuous, Priority, Sequential, Static])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_conforms_at_length(scheduler: type[Scheduler]) -> None:
     coverage = check_scheduler(scheduler, caches=[PagedCache, ContiguousCache], seeds=range(1000, 1800))
     assert coverage.num_steps > 300_000, coverage

@@ -22,7 +22,7 @@ def registry() -> Registry:
 
 def test_every_workload_loads_with_its_defaults(registry: Registry) -> None:
     names = registry.names("workload")
-    assert {"grid", "batch", "poisson", "gamma", "trace", *catalog.NAMED} == set(names)
+    assert {"grid", "batch", "poisson", "gamma", "trace", *catalog.PRESETS, *catalog.NAMED} == set(names)
     for name in names:
         component = registry.get("workload", name)
         assert hasattr(component.load()(component.settings()), "run")

@@ -140,6 +140,16 @@ def test_priorities_are_drawn_from_the_given_number() -> None:
     assert {r.priority for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {0}
 
 
+def test_hints_are_as_far_off_as_asked_for() -> None:
+    assert {r.length_hint for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {None}
+    assert all(r.length_hint == r.max_tokens for r in synthesise(settings(hint_error=0.0), 5.0, 1.0, BOUNDS))
+    requests = synthesise(settings(hint_error=0.5, max_tokens=1000, num_requests=5000), 5.0, 1.0, BOUNDS)
+    errors = np.log([(r.length_hint or 0) / r.max_tokens for r in requests])
+    assert errors.mean() == pytest.approx(0.0, abs=0.03) and errors.std() == pytest.approx(0.5, rel=0.05)
+    plain = synthesise(settings(max_tokens=1000, num_requests=5000), 5.0, 1.0, BOUNDS)
+    assert [r.prompt_token_ids for r in requests] == [r.prompt_token_ids for r in plain]
+
+
 def test_prompts_cut_from_a_text_are_pieces_of_it(tmp_path: Path) -> None:
     text = "the quick brown fox jumps over the lazy dog; "
     path = tmp_path / "text.txt"

@@ -1,0 +1,221 @@
+"""Each scheduler against first come, first served on the workload it is made for, on the simulated clock.
+
+python benchmarks/schedulers.py             # all: pictures to docs/schedulers/, table to docs/schedulers.md
+python benchmarks/schedulers.py sjf         # simulate one and print its rows
+
+The engine, scheduler and cache are real, the tokens are made up, and a step takes `STEP + PER_TOKEN * tokens` seconds:
+about what the embedded model takes on two CPU cores (README). So every figure is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llmkit.interfaces.cache import CacheSpec
+from llmkit.metrics.recorder import MetricsRecorder
+from llmkit.metrics.records import RequestRecord
+from llmkit.metrics.summary import summarise
+from llmkit.plugins import load_plugins
+from llmkit.registry import Registry
+from llmkit.report.style import BLUE, ORANGE, frame, new_figure, tidy
+from llmkit.testing.simulation import simulate
+from llmkit.types import SamplingParams, StepPlan
+from llmkit.workload.driver import run_workload
+from llmkit.workload.protocol import ModelBounds
+from llmkit.workload.requests import TimedRequest
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: begin (written by benchmarks/schedulers.py) -->", "<!-- results: end -->"
+STEP, PER_TOKEN = 1.5e-3, 0.1e-3
+BASELINE = "continuous"
+COLOURS = {BASELINE: ORANGE}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One scheduler on one workload: what was asked, what was seen, `result.json`'s numbers."""
+
+    scheduler: str
+    requests: Sequence[TimedRequest]
+    recorder: MetricsRecorder
+    numbers: Mapping[str, Any]
+
+    @property
+    def completed(self) -> list[RequestRecord]:
+        """Requests that ended by themselves, in order of arrival."""
+        return [record for record in self.recorder.requests.values() if record.is_completed]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is played, what counts, and the two panels that show it."""
+
+    scheduler: str
+    workload: str
+    metrics: Mapping[str, Callable[[Run], float]]
+    panels: Sequence[Callable[[Any, Sequence[Run]], None]]
+    heading: str
+    num_blocks: int = 1024
+    options: Mapping[str, Any] = field(default_factory=lambda: {"max_num_seqs": 8})
+
+
+def step_seconds(plan: StepPlan) -> float:
+    """How long a step takes."""
+    return STEP + PER_TOKEN * plan.num_tokens
+
+
+@cache
+def registry() -> Registry:
+    """Every installed component."""
+    return load_plugins()[0]
+
+
+def play(comparison: Comparison, scheduler: str, **workload: Any) -> Run:
+    """Play the comparison's workload, with options changed by `workload`, with `scheduler`; same every time."""
+    chosen, paged = (registry().get(*name).load() for name in (("scheduler", scheduler), ("cache", "paged")))
+    blocks = paged(paged.Settings(), CacheSpec(comparison.num_blocks, 16))
+    target = simulate(chosen(chosen.Settings(**comparison.options)), blocks, step_seconds)
+    component = registry().get("workload", comparison.workload)
+    bounds = ModelBounds(target.engine.limits.vocab_size, target.engine.limits.max_model_len, target.encode)
+    requests = component.load()(component.settings(**workload)).build(bounds)
+    recorder = MetricsRecorder()
+    run_workload(target, requests, SamplingParams(temperature=0.0, ignore_eos=True), recorder)
+    return Run(scheduler, requests, recorder, summarise(recorder))
+
+
+def compare(comparison: Comparison, **workload: Any) -> list[Run]:
+    """The baseline, then the scheduler."""
+    return [play(comparison, scheduler, **workload) for scheduler in (BASELINE, comparison.scheduler)]
+
+
+def number(key: str) -> Callable[[Run], float]:
+    """A metric that `result.json` has."""
+    return lambda run: float(run.numbers[key])
+
+
+def shares(label: str, values: Callable[[Run], Sequence[float]]) -> Callable[[Any, Sequence[Run]], None]:
+    """A panel: the share of requests at or below each value."""
+
+    def draw(axes: Any, runs: Sequence[Run]) -> None:
+        for run in runs:
+            ranked = sorted(values(run))
+            y = [100 * (rank + 1) / len(ranked) for rank in range(len(ranked))]
+            axes.step(ranked, y, where="post", color=COLOURS.get(run.scheduler, BLUE), linewidth=1.5)
+        axes.set_xscale("log")
+        axes.set(xlabel=label, ylabel="share of requests at or below, %", ylim=(0, 100))
+
+    return draw
+
+
+def bars(label: str, unit: str, groups: Callable[[Run], Mapping[str, float]]) -> Callable[[Any, Sequence[Run]], None]:
+    """A panel: one bar per group and run."""
+
+    def draw(axes: Any, runs: Sequence[Run]) -> None:
+        width = 0.8 / len(runs)
+        for index, run in enumerate(runs):
+            heights = groups(run)
+            x = [place + (index - (len(runs) - 1) / 2) * width for place in range(len(heights))]
+            axes.bar(x, list(heights.values()), width * 0.92, color=COLOURS.get(run.scheduler, BLUE))
+            axes.set_xticks(range(len(heights)), list(heights))
+        axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
+
+    return draw
+
+
+def by_output_length(run: Run) -> dict[str, float]:
+    """Mean latency of requests with so many output tokens, ms."""
+    edges = (1, 16, 32, 64, 128, 257)
+    return {
+        f"{low} to {high - 1}": 1e3 * fmean(r.e2el or 0.0 for r in run.completed if low <= r.num_output_tokens < high)
+        for low, high in pairwise(edges)
+    }
+
+
+COMPARISONS = {
+    "sjf": Comparison(
+        "sjf",
+        "short_long",
+        {"mean e2el, ms": number("mean_e2el_ms"), "mean ttft, ms": number("mean_ttft_ms")},
+        (
+            shares("end-to-end latency, ms (log scale)", lambda run: [1e3 * (r.e2el or 0.0) for r in run.completed]),
+            bars("output tokens of the request", "mean end-to-end latency, ms", by_output_length),
+        ),
+        "sjf: short answers no longer queue behind long ones",
+    ),
+}
+
+
+def picture(comparison: Comparison, runs: Sequence[Run]) -> bytes:
+    """A PNG of both panels."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = new_figure(1, 2, (11.0, 4.8))
+    for panel, draw in zip(axes[0], comparison.panels, strict=True):
+        draw(panel, runs)
+        tidy(panel)
+    metrics = "; ".join(
+        f"{name} {', '.join(f'{value(run):,.1f} ({run.scheduler})' for run in runs)}"
+        for name, value in comparison.metrics.items()
+    )
+    options = ", ".join(f"{key}={value}" for key, value in comparison.options.items())
+    caption = (
+        f"Simulated: workload {comparison.workload} ({len(runs[0].requests)} requests), {options}, "
+        f"{comparison.num_blocks} blocks of 16 tokens; a step takes {STEP * 1e3:g} ms and {PER_TOKEN * 1e3:g} ms a "
+        f"token. {metrics}. python benchmarks/schedulers.py"
+    )
+    frame(figure, comparison.heading, caption)
+    handles = [Line2D([], [], color=COLOURS.get(run.scheduler, BLUE), linewidth=4) for run in runs]
+    names = [run.scheduler for run in runs]
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.925), ncols=2, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def rows(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
+    """Table rows: one a metric."""
+    before, after = runs
+    chosen = f"`{comparison.scheduler}` | `{comparison.workload}`"
+    return [
+        f"| {chosen} | {name} | {value(before):,.1f} | **{value(after):,.1f}** |"
+        for name, value in comparison.metrics.items()
+    ]
+
+
+def write(table: Sequence[str], pictures: Mapping[str, bytes], root: Path) -> None:
+    """Put the table between the page's markers, and the pictures beside it."""
+    page = root / "docs" / "schedulers.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"{page.name} has no markers"
+    page.write_text("\n".join([f"{before}{BEGIN}", *table, f"{END}{after}"]), encoding="utf-8")
+    for name, png in pictures.items():
+        (root / "docs" / "schedulers").mkdir(exist_ok=True)
+        (root / "docs" / "schedulers" / f"{name}.png").write_bytes(png)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="only these, printed; without: all of them, written")
+    names = parser.parse_args(arguments).names
+    table = [f"| scheduler | workload | metric | `{BASELINE}` | the scheduler |", "|---|---|---|---:|---:|"]
+    pictures = {}
+    for name in names or COMPARISONS:
+        runs = compare(COMPARISONS[name])
+        table += rows(COMPARISONS[name], runs)
+        pictures[name] = picture(COMPARISONS[name], runs)
+    print("\n".join(table))
+    if not names:
+        write(table, pictures, root)
+
+
+if __name__ == "__main__":
+    main()

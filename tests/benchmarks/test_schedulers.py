@@ -1,0 +1,59 @@
+"""Every scheduler wins on its workload by the metric it stands for; the page and the pictures are of these runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("schedulers_script", ROOT / "benchmarks" / "schedulers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sjf_lowers_the_mean_latency(script: ModuleType, seed: int) -> None:
+    before, after = script.compare(script.COMPARISONS["sjf"], seed=seed)
+    for key in ("mean_e2el_ms", "mean_ttft_ms", "p50_e2el_ms"):
+        assert after.numbers[key] < 0.9 * before.numbers[key], key
+    assert after.numbers["output_throughput"] > 0.9 * before.numbers["output_throughput"]
+    assert after.numbers["completed"] == before.numbers["completed"] == len(before.requests)
+
+
+def test_the_committed_page_and_pictures_are_what_the_script_writes(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    page = shutil.copy(ROOT / "docs" / "schedulers.md", tmp_path / "docs")
+    script.main([], tmp_path)
+    assert Path(page).read_text() == (ROOT / "docs" / "schedulers.md").read_text()
+    assert capsys.readouterr().out in Path(page).read_text()
+    for name in script.COMPARISONS:
+        assert (tmp_path / "docs" / "schedulers" / f"{name}.png").stat().st_size > 10_000
+        assert (ROOT / "docs" / "schedulers" / f"{name}.png").is_file()
+        assert f"schedulers/{name}.png" in Path(page).read_text()
+
+
+def test_the_page_names_every_scheduler_and_experiment(script: ModuleType) -> None:
+    text = (ROOT / "docs" / "schedulers.md").read_text()
+    built_in = [c for c in script.registry().components() if c.kind == "scheduler" and c.owner.startswith("llmkit")]
+    for component in built_in:
+        assert f"| `{component.name}` |" in text
+    for name, comparison in script.COMPARISONS.items():
+        experiment = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+        assert f"/workload: {comparison.workload}\n" in experiment and f"scheduler: continuous,{name}\n" in experiment
+    assert len(text.splitlines()) <= 80

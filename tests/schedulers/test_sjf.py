@@ -1,0 +1,50 @@
+"""Few expected tokens first, by the hint or by what a request may take; nobody is put back further than the bound."""
+
+from typing import Any
+
+import pytest
+
+from llmkit_schedulers.sjf import ShortestJobFirst
+
+
+def test_few_expected_tokens_go_first_and_ties_go_by_arrival(make_stage: Any) -> None:
+    stage = make_stage(ShortestJobFirst, max_num_seqs=1)
+    for at, (name, hint) in enumerate([("long", 90), ("mid", 20), ("short", 5), ("mid2", 20)]):
+        stage.add(name, max_tokens=1, length_hint=hint, arrival_time=at / 1000)
+    assert [list(step) for step in stage.steps()] == [["short"], ["mid"], ["mid2"], ["long"]]
+
+
+def test_without_a_hint_all_that_a_request_may_take_is_expected(make_stage: Any) -> None:
+    stage = make_stage(ShortestJobFirst, max_num_seqs=1)
+    stage.add("unknown", num_prompt=2, max_tokens=6), stage.add("hinted", num_prompt=40, max_tokens=6, length_hint=5)
+    assert list(stage.step()) == ["hinted"]
+
+
+def test_who_runs_is_not_displaced(make_stage: Any) -> None:
+    stage = make_stage(ShortestJobFirst, max_num_seqs=1)
+    stage.add("long", max_tokens=9)
+    stage.step()
+    stage.add("short", max_tokens=1)
+    stage.steps()
+    assert stage.ended["long"] < stage.ended["short"] and stage.num_preemptions == {"long": 0, "short": 0}
+
+
+def test_the_longest_gives_way_when_blocks_run_out(make_stage: Any) -> None:
+    stage = make_stage(ShortestJobFirst, num_blocks=4)
+    stage.add("long", num_prompt=6, max_tokens=8, length_hint=80), stage.add("short", num_prompt=6, max_tokens=8)
+    stage.steps()
+    assert stage.num_preemptions == {"long": 1, "short": 0}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_bound_lets_nobody_starve(make_stage: Any, depth: int) -> None:
+    """A short request arrives every other second, for ever; each keeps the only place for two."""
+    stage = make_stage(ShortestJobFirst, max_num_seqs=1, seconds_per_token=1.0, max_seconds=20.0, depth=depth)
+    stage.add("long", max_tokens=2, length_hint=1000)
+    for number in range(60):
+        stage.add(f"short{number}", max_tokens=2, length_hint=2)
+        stage.step(), stage.step()
+        if "long" in stage.ended:
+            break
+    # Whoever came within 18 seconds (20, less the 2 of the short ones) is served first, nobody else.
+    assert 18 <= stage.ended["long"] <= 18 * (1 + 2 * depth) + 8
