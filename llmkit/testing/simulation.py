@@ -22,7 +22,7 @@ from llmkit.interfaces.clock import Clock, VirtualClock
 from llmkit.interfaces.executor import Executor, PendingStep
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.fake import FakeExecutor
-from llmkit.types import Request, RequestOutput, SamplingParams, StepPlan, StepResult
+from llmkit.types import Completion, Request, RequestOutput, SamplingParams, StepPlan, StepResult
 
 Cost = Callable[[StepPlan], float]
 """How long a step takes, seconds."""
@@ -68,7 +68,7 @@ class SimulatedTarget:
             requests.append(Request(f"g{self.num_generated}", list(prompt), params, now))
             self.engine.add(requests[-1])
             self.num_generated += 1
-        done = {}
+        done: dict[str, Completion] = {}
         while self.engine.has_unfinished:
             done |= {out.request_id: out.completion for out in self.engine.step() if out.completion}
         return [RequestOutput(None, tuple(r.token_ids), (done[r.request_id],)) for r in requests]

@@ -44,4 +44,5 @@ def _hints(error: float | None, lengths: NDArray[np.int64], rng: np.random.Gener
     if error is None:
         return [None] * len(lengths)
     guesses = np.rint(lengths * np.exp(error * rng.standard_normal(len(lengths))))
-    return np.clip(guesses, 1, MAX_LEN).astype(np.int64).tolist()
+    hints: list[int] = np.clip(guesses, 1, MAX_LEN).astype(np.int64).tolist()
+    return hints
