@@ -1,22 +1,13 @@
-"""The Triton backend: its limits anywhere, its kernels in Triton's interpreter and, marked `cuda`, on a GPU."""
+"""The Triton backend: its limits anywhere and, marked `cuda`, its kernels; elsewhere see `tests/kernels`."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import numpy
 import pytest
 
 from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
 from llmkit_attention import llmkit_select_attention
 from llmkit_attention.flash.limits import reasons_against
-
-ROOT = Path(__file__).parents[2]
-CAN_INTERPRET = find_spec("triton") is not None and tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
+from tests.kernels.running import run_cases
 
 
 def requirements(
@@ -49,19 +40,6 @@ def test_bids_on_cuda_where_triton_is_installed(monkeypatch: pytest.MonkeyPatch)
     assert llmkit_select_attention(requirements()) == "sdpa"
 
 
-def run_cases(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "tests/attention/flash_cases.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
-    """Triton's interpreter breaks on numpy 2.4; without an interpreter there is nothing to run but the test above."""
-    if CAN_INTERPRET:
-        run_cases(TRITON_INTERPRET="1")
-
-
 @pytest.mark.cuda
 def test_kernels_on_a_gpu() -> None:
-    run_cases()
+    run_cases("tests/attention/flash_cases.py")

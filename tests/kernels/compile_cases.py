@@ -1,0 +1,136 @@
+"""Every Triton kernel of the project compiled for sm_90 in the shapes of real models: registers, spills, shared memory.
+
+Not collected by itself: `test_compiled.py` runs it in a process of its own. A new kernel needs a line in `LAUNCHES`,
+and `test_every_kernel_is_compiled` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit.model import layer_kernels
+from llmkit_attention.flash.backend import FlashAttention
+from tests.kernels.compiler import Resources, compiling, kernels_of_the_project, resources
+
+CPU = torch.device("cpu")
+MAX_REGISTERS = 255
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+MAX_SHARED = 227 * 1024
+BLOCK, NUM_BLOCKS = 64, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model as far as kernels see it; `normed` queries and keys are normalised per head."""
+
+    layers: tuple[LayerSpec, ...]
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    normed: bool = False
+
+
+def layer(num_heads: int, num_kv_heads: int, head_dim: int, **options: float) -> LayerSpec:
+    return LayerSpec(num_heads, num_kv_heads, head_dim, head_dim**-0.5, **options)  # type: ignore[arg-type]
+
+
+SHAPES = {
+    "qwen3_0_6b": Shape((layer(16, 8, 128),), 1024, 3072, 151936, normed=True),
+    "llama_8b": Shape((layer(32, 8, 128),), 4096, 14336, 128256),
+    "gemma2_2b": Shape(
+        (layer(8, 4, 256, softcap=50.0, window=4096), layer(8, 4, 256, softcap=50.0)), 2304, 9216, 256000
+    ),
+}
+
+
+def batch(*query_lens: int, length: int) -> AttentionBatch:
+    """Rows of `length` keys with so many new tokens each; contents do not matter."""
+    num_rows, num_tokens = len(query_lens), sum(query_lens)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return AttentionBatch(
+        query_start_loc=numbers(num_rows + 1),
+        seq_lens=numbers(num_rows),
+        positions=numbers(num_tokens, dtype=torch.int64),
+        block_table=numbers(num_rows, 128),
+        slot_mapping=numbers(num_tokens, dtype=torch.int64),
+        max_query_len=max(query_lens),
+        max_seq_len=length,
+        query_lens=query_lens,
+        host_seq_lens=(length,) * num_rows,
+    )
+
+
+def attention(shape: Shape) -> None:
+    """Decodes of one row and of many, short and long; prompts, alone and beside decodes."""
+    requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, shape.layers)
+    backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, CPU)
+    backend.allocate(NUM_BLOCKS)
+    steps = [batch(*[1] * rows, length=length) for rows in (1, 64, 256) for length in (512, 8192)]
+    for step in [*steps, batch(512, 512, length=512), batch(300, 1, length=8192)]:
+        backend.plan(step)
+        for index, spec in enumerate(shape.layers):
+            heads = spec.num_heads + 2 * spec.num_kv_heads
+            merged = torch.empty(len(step.positions), heads, spec.head_dim, dtype=torch.bfloat16)
+            backend.forward(index, *merged.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1))
+
+
+def between_products(shape: Shape) -> None:
+    """What stands between the products of a fused layer."""
+    spec = shape.layers[0]
+
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=torch.bfloat16)
+
+    hidden, weight = tensor(4, shape.hidden_size), (tensor(shape.hidden_size), 1e-6)
+    layer_kernels.add_rms_norm(hidden, None, weight)
+    layer_kernels.add_rms_norm(hidden, hidden, weight)
+    qkv = tensor(4, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    norm = (tensor(spec.head_dim), 1e-6) if shape.normed else None
+    table = tensor(4, 1, spec.head_dim)
+    layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table)
+    layer_kernels.silu_and_multiply(tensor(4, 2 * shape.intermediate_size))
+
+
+LAUNCHES: dict[str, Callable[[Shape], None]] = {
+    "attention": attention,
+    "between products": between_products,
+}
+
+
+def check(used: Resources) -> None:
+    assert used.num_registers <= MAX_REGISTERS, used
+    assert used.num_registers * used.num_warps * 32 <= REGISTERS_OF_A_MULTIPROCESSOR, used
+    assert used.num_spilled == 0, used
+    assert used.num_shared <= MAX_SHARED, used
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> set[str]:
+    """Names of the kernels that were compiled so far."""
+    return set()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fits_an_h200(shape: str, launch: str, tmp_path: Path, compiled: set[str]) -> None:
+    with compiling() as kernels:
+        LAUNCHES[launch](SHAPES[shape])
+    assert kernels
+    for name, kernel in {id(kernel): (name, kernel) for name, kernel in kernels}.values():
+        used = resources(name, kernel, tmp_path)
+        print(f"{shape}: {used}")
+        check(used)
+        compiled.add(name)
+
+
+def test_every_kernel_is_compiled(compiled: set[str]) -> None:
+    assert kernels_of_the_project() <= compiled

@@ -1,0 +1,91 @@
+"""Compiles what the product launches for an H200 on a machine without a GPU, and says what each kernel takes.
+
+Kernels are not called by hand: the product's own launchers run on CPU tensors, and Triton is told that an sm_90 device
+is there on which nothing is launched. So tile sizes, warps and specialisations are those of real runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).parents[2]
+TARGET = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class NothingLaunched:
+    """A Triton driver that only knows which device to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one program of a compiled kernel takes: registers per thread, spilled bytes per thread, shared bytes."""
+
+    kernel: str
+    num_warps: int
+    num_registers: int
+    num_spilled: int
+    num_shared: int
+
+
+@contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Inside, launches compile and are collected, as (name, compiled kernel), instead of run."""
+    compiled: list[Any] = []
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(NothingLaunched())
+    with patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+def resources(name: str, kernel: Any, folder: Path) -> Resources:
+    """Read from the machine code, by the tool that comes with Triton; `folder` takes a file."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    said = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    spilled = used["STACK"] + used["LOCAL"]
+    return Resources(name, kernel.metadata.num_warps, used["REG"], spilled, kernel.metadata.shared)
+
+
+def kernels_of_the_project() -> set[str]:
+    """Names of all Triton functions in the product that no other one calls."""
+    defined: dict[str, ast.FunctionDef] = {}
+    for path in [*ROOT.glob("llmkit/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                defined[node.name] = node
+    called = {
+        ast.unparse(call.func)
+        for function in defined.values()
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+    }
+    return defined.keys() - called

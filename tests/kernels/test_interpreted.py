@@ -1,0 +1,19 @@
+"""Kernels in Triton's interpreter: a sample of their cases, quick enough for every run; all of them where slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.running import INTERPRETED, run_cases
+
+ATTENTION = "tests/attention/flash_cases.py"
+LAYERS = "tests/model/layer_kernel_cases.py"
+
+
+def test_a_sample_in_the_interpreter() -> None:
+    run_cases(ATTENTION, LAYERS, select="layer_kernel_cases or (head_dimensions and 128)", environment=INTERPRETED)
+
+
+@pytest.mark.slow
+def test_all_in_the_interpreter() -> None:
+    run_cases(ATTENTION, LAYERS, environment=INTERPRETED)
