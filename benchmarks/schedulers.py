@@ -139,6 +139,27 @@ def by_output_length(run: Run) -> dict[str, float]:
     }
 
 
+def by_tenant(statistic: Callable[[Sequence[float]], float]) -> Callable[[Run], dict[str, float]]:
+    """A statistic of each tenant's times to first token, ms; its share of the requests below its name."""
+
+    def groups(run: Run) -> dict[str, float]:
+        names = sorted({record.tenant for record in run.completed})
+        pools = {name: [1e3 * (r.ttft or 0.0) for r in run.completed if r.tenant == name] for name in names}
+        return {f"{name}\n{len(pool) / len(run.completed):.0%}": statistic(pool) for name, pool in pools.items()}
+
+    return groups
+
+
+def p95(values: Sequence[float]) -> float:
+    """The 95th percentile, the lower of two."""
+    return sorted(values)[int(0.95 * (len(values) - 1))]
+
+
+def lighter_tenants(run: Run) -> float:
+    """Mean time to first token of everybody but the heaviest tenant, ms."""
+    return fmean(1e3 * (record.ttft or 0.0) for record in run.completed if record.tenant != "tenant0")
+
+
 COMPARISONS = {
     "sjf": Comparison(
         "sjf",
@@ -149,6 +170,19 @@ COMPARISONS = {
             bars("output tokens of the request", "mean end-to-end latency, ms", by_output_length),
         ),
         "sjf: short answers no longer queue behind long ones",
+    ),
+    "fair": Comparison(
+        "fair",
+        "tenants",
+        {
+            "mean ttft of the three lighter tenants, ms": lighter_tenants,
+            "mean ttft of all, ms": number("mean_ttft_ms"),
+        },
+        (
+            bars("tenant and its share of the requests", "mean time to first token, ms", by_tenant(fmean)),
+            bars("tenant and its share of the requests", "95th percentile of time to first token, ms", by_tenant(p95)),
+        ),
+        "fair: who asks for less than its share does not feel who asks for more",
     ),
 }
 
@@ -185,7 +219,7 @@ def rows(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     before, after = runs
     chosen = f"`{comparison.scheduler}` | `{comparison.workload}`"
     return [
-        f"| {chosen} | {name} | {value(before):,.1f} | **{value(after):,.1f}** |"
+        f"| {chosen} | {name} | {value(before):,.1f} | {value(after):,.1f} |"
         for name, value in comparison.metrics.items()
     ]
 

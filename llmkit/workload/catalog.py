@@ -21,6 +21,7 @@ from llmkit.workload.settings import (
     NamedSettings,
     PoissonSettings,
     ShortLongSettings,
+    TenantsSettings,
     TraceSettings,
 )
 
@@ -32,7 +33,7 @@ NAMED = {
     "prefill": "32 requests, 8192 in, 8 out",
 }
 
-PRESETS: dict[str, type[PoissonSettings]] = {"short_long": ShortLongSettings}
+PRESETS: dict[str, type[PoissonSettings]] = {"short_long": ShortLongSettings, "tenants": TenantsSettings}
 """Poisson arrivals whose defaults show what a scheduler is good for."""
 
 

@@ -136,11 +136,6 @@ def poisson(settings: PoissonSettings) -> ServedWorkload:
     return ServedWorkload("poisson", settings, lambda bounds: synthesise(settings, settings.rate, 1.0, bounds))
 
 
-def short_long(settings: PoissonSettings) -> ServedWorkload:
-    """Poisson arrivals with other defaults."""
-    return replace(poisson(settings), name="short_long")
-
-
 def gamma(settings: GammaSettings) -> ServedWorkload:
     """Gamma inter-arrival times."""
     return ServedWorkload(
@@ -153,6 +148,10 @@ def trace(settings: TraceSettings) -> ServedWorkload:
     return ServedWorkload("trace", settings, lambda bounds: read_trace(settings, bounds), is_checked=False)
 
 
+def _preset(name: str) -> Callable[[PoissonSettings], ServedWorkload]:
+    return lambda settings: replace(poisson(settings), name=name)
+
+
 def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
     def factory(settings: NamedSettings) -> ServedWorkload:
         return ServedWorkload(name, settings, lambda bounds: WORKLOADS[name](settings.seed))
@@ -160,4 +159,5 @@ def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
     return factory
 
 
+short_long, tenants = map(_preset, ("short_long", "tenants"))
 nano256, single, batch64, mixed512, prefill = map(_named, ("nano256", "single", "batch64", "mixed512", "prefill"))

@@ -75,6 +75,8 @@ class SyntheticSettings(ServedSettings):
     hint_error: float | None = Field(
         default=None, ge=0.0, le=10.0, description="give length hints, this far off (std of the log); null: give none"
     )
+    tenants: int = Field(default=0, ge=0, le=1000, description="tenants the requests come from; 0: nobody's")
+    tenant_skew: float = Field(default=0.0, ge=0.0, le=10.0, description="tenant k's share falls like k^-skew")
     prompt_file: str = Field(default="", description="text file to cut prompts from; empty: random token ids")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
 
@@ -104,6 +106,15 @@ class ShortLongSettings(PoissonSettings):
     hint_error: float | None = Field(
         default=0.3, ge=0.0, le=10.0, description="give length hints, this far off (std of the log); null: give none"
     )
+
+
+class TenantsSettings(PoissonSettings):
+    """One tenant asks for far more than its share of the machine, three ask for less: what `fair` is for."""
+
+    num_requests: int = Field(default=200, ge=1, le=1_000_000, description="how many requests")
+    rate: float = Field(default=80.0, gt=0.0, description="requests per second; .inf: all at once")
+    tenants: int = Field(default=4, ge=0, le=1000, description="tenants the requests come from; 0: nobody's")
+    tenant_skew: float = Field(default=2.0, ge=0.0, le=10.0, description="tenant k's share falls like k^-skew")
 
 
 class GammaSettings(PoissonSettings):

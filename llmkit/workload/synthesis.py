@@ -20,8 +20,8 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     prefix groups, a request belongs to one drawn uniformly and starts with its `prefix_len` tokens.
     """
     size, seed = settings.num_requests, settings.seed
-    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng, hint_rng = (
-        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(7)
+    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng, hint_rng, tenant_rng = (
+        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(8)
     )
     times = arrival_times(size, rate, burstiness, times_rng)
     prompt_lens = sample_lengths(settings.prompt_len, size, prompt_rng)
@@ -31,12 +31,21 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     groups = group_rng.integers(len(prefixes), size=size)
     priorities = priority_rng.integers(settings.priorities, size=size)
     hints = _hints(settings.hint_error, output_lens, hint_rng)
+    tenants = _tenants(settings, tenant_rng)
+    columns = (column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities))
     return [
-        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority, length_hint=hint)
-        for time, prompt_len, max_tokens, group, priority, hint in zip(
-            *(column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities)), hints, strict=True
-        )
+        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority, tenant, length_hint=hint)
+        for time, prompt_len, max_tokens, group, priority, tenant, hint in zip(*columns, tenants, hints, strict=True)
     ]
+
+
+def _tenants(settings: SyntheticSettings, rng: np.random.Generator) -> list[str]:
+    """Names, one a request: "tenant0" sends the most (Zipf's law with exponent `tenant_skew`)."""
+    if not settings.tenants:
+        return [""] * settings.num_requests
+    weights = np.arange(1.0, settings.tenants + 1.0) ** -settings.tenant_skew
+    drawn = rng.choice(settings.tenants, size=settings.num_requests, p=weights / weights.sum())
+    return [f"tenant{number}" for number in drawn.tolist()]
 
 
 def _hints(error: float | None, lengths: NDArray[np.int64], rng: np.random.Generator) -> list[int] | list[None]:

@@ -2,6 +2,7 @@
 
 from llmkit import Registry, hookimpl
 from llmkit_schedulers.continuous import Continuous
+from llmkit_schedulers.fair import Fair
 from llmkit_schedulers.priority import Priority
 from llmkit_schedulers.sequential import Sequential
 from llmkit_schedulers.sjf import ShortestJobFirst
@@ -15,3 +16,4 @@ def llmkit_register(registry: Registry) -> None:
     registry.add_scheduler("continuous", Continuous)
     registry.add_scheduler("priority", Priority)
     registry.add_scheduler("sjf", ShortestJobFirst)
+    registry.add_scheduler("fair", Fair)

@@ -34,6 +34,16 @@ def test_sjf_lowers_the_mean_latency(script: ModuleType, seed: int) -> None:
     assert after.numbers["completed"] == before.numbers["completed"] == len(before.requests)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fair_shields_light_tenants_from_the_heavy_one(script: ModuleType, seed: int) -> None:
+    before, after = script.compare(script.COMPARISONS["fair"], seed=seed)
+    assert script.lighter_tenants(after) < 0.2 * script.lighter_tenants(before)
+    heavy, *light = (script.by_tenant(max)(after)[name] for name in sorted(script.by_tenant(max)(after)))
+    assert max(light) < 0.5 * heavy
+    assert after.numbers["output_throughput"] > 0.95 * before.numbers["output_throughput"]
+    assert after.numbers["completed"] == len(after.requests)
+
+
 def test_the_committed_page_and_pictures_are_what_the_script_writes(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

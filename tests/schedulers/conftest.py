@@ -38,6 +38,7 @@ class Stage:
         self.engine = Engine(planner, self.executor, limits, self.clock, depth=depth)
         self.ended: dict[str, float] = {}
         self.num_preemptions: dict[str, int] = {}
+        self.num_recomputed: dict[str, int] = {}
 
     def add(self, name: str, num_prompt: int = 4, max_tokens: int = 4, **fields: Any) -> None:
         fields.setdefault("arrival_time", self.clock.now())
@@ -59,6 +60,7 @@ class Stage:
             if output.completion is not None:
                 self.ended[output.request_id] = self.clock.now()
                 self.num_preemptions[output.request_id] = output.completion.metrics.num_preemptions
+                self.num_recomputed[output.request_id] = output.completion.metrics.num_recomputed_tokens
         self.clock.advance(1.0)
         if self.executor.num_steps == before:
             return {}

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from llmkit.interfaces.cache import CacheSpec
 from llmkit.interfaces.clock import Clock
 from llmkit.interfaces.scheduler import Scheduler
-from llmkit.interfaces.settings import Settings
 from llmkit.testing.simulation import SimulatedTarget, simulate
 from llmkit.types import StepPlan
 from llmkit_caches.paged import PagedCache
@@ -27,5 +26,5 @@ def fake_target(
 ) -> FakeTarget:
     """An engine of `num_blocks` blocks of 4 tokens; `cost` counts on a virtual clock only."""
     scheduler = scheduler or Continuous(Continuous.Settings(max_num_seqs=8, max_num_batched_tokens=64))
-    cache = PagedCache(Settings(), CacheSpec(num_blocks, BLOCK_SIZE))
+    cache = PagedCache(PagedCache.Settings(), CacheSpec(num_blocks, BLOCK_SIZE))
     return simulate(scheduler, cache, cost, vocab_size=vocab_size, depth=depth, clock=clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,14 @@ def test_requests_of_a_group_share_exactly_the_prefix() -> None:
 def test_priorities_are_drawn_from_the_given_number() -> None:
     assert {r.priority for r in synthesise(settings(priorities=3), 5.0, 1.0, BOUNDS)} == {0, 1, 2}
     assert {r.priority for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {0}
+
+
+def test_tenants_share_as_asked_for() -> None:
+    assert {r.tenant for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {""}
+    requests = synthesise(settings(tenants=3, tenant_skew=1.0, num_requests=6000), 5.0, 1.0, BOUNDS)
+    counts = Counter(r.tenant for r in requests)
+    for name, share in (("tenant0", 6 / 11), ("tenant1", 3 / 11), ("tenant2", 2 / 11)):
+        assert counts[name] / 6000 == pytest.approx(share, abs=0.02)
 
 
 def test_hints_are_as_far_off_as_asked_for() -> None:
