@@ -7,11 +7,15 @@ a block is one contiguous tile. The kernels load no slot behind a row's keys, so
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements
 from llmkit_attention.flash.limits import reasons_against
+
+if TYPE_CHECKING:
+    from llmkit_attention.flash.launch import Launch, TileList
 
 QUERIES = 64
 """New tokens one prefill program takes."""
@@ -19,11 +23,14 @@ QUERIES = 64
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """`tiles` int32 [T, 2], (row, first new token) of every prefill program, None for none; `single` rows exist."""
+    """`tiles` int32 [T, 2], (row, first new token) of every prefill program, None for none.
+
+    `singles` list the keys of single-token rows by the layers' window; empty if there are no such rows.
+    """
 
     batch: AttentionBatch
     tiles: torch.Tensor | None
-    single: bool
+    singles: dict[Launch, TileList]
 
 
 class FlashAttention(AttentionBackend):
@@ -56,13 +63,18 @@ class FlashAttention(AttentionBackend):
         workspace = Workspace(layers, self.device)
         launches = {spec: Launch(spec, block_size, workspace) for spec in dict.fromkeys(layers)}
         self._launches = [launches[spec] for spec in layers]
+        self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
 
     def capturable(self, batch: AttentionBatch) -> bool:
         return self.device.type == "cuda" and batch.max_query_len == 1
 
     def plan(self, batch: AttentionBatch) -> None:
+        singles = {}
+        if 1 in batch.query_lens:
+            lists = {launch.tiling: launch.list_tiles(batch) for launch in self._tilings}
+            singles = {launch: lists[launch.tiling] for launch in dict.fromkeys(self._launches)}
         if batch.max_query_len == 1:
-            self._step = _Step(batch, None, True)
+            self._step = _Step(batch, None, singles)
             return
         tiles = [
             (row, first)
@@ -70,7 +82,7 @@ class FlashAttention(AttentionBackend):
             if length > 1
             for first in reversed(range(0, length, QUERIES))
         ]
-        self._step = _Step(batch, self._to_device(tiles) if tiles else None, 1 in batch.query_lens)
+        self._step = _Step(batch, self._to_device(tiles) if tiles else None, singles)
 
     def _to_device(self, tiles: list[tuple[int, int]]) -> torch.Tensor:
         """The tiles as int32 [T, 2], copied without waiting for the device."""
@@ -79,10 +91,10 @@ class FlashAttention(AttentionBackend):
 
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         pool, launch, step = self._pools[layer], self._launches[layer], self._step
-        launch.write(key, value, step.batch.slot_mapping, pool)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        launch.write(key, value, step.batch.slot_mapping, pool, out)
         if step.tiles is not None:
             launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)
-        if step.single:
-            launch.decode(query, pool, out, step.batch)
+        if step.singles:
+            launch.decode(query, pool, out, step.singles[launch], step.batch)
         return out

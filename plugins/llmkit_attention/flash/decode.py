@@ -1,88 +1,193 @@
-"""Kernels for rows with one new token: every row's keys in equal splits, combined by log-sum-exp."""
+"""Kernels for rows with one new token: all rows' keys as one list of tiles, cut into equal shares (stream-K).
+
+`list_tiles` writes the list once a step. Tile t is `codes[t]` = row << 14 | lowest << 8 | (count - 1) << 2 | first << 1
+| last: its row, the range of the tile's keys that the row sees, and whether the row's tiles begin or end here;
+`pages[t, i]` are the pages of its keys, or where it lies in a larger page: page * (PAGE / TILE) + place. `ends[row]` counts the tiles of all rows up to `row`.
+"""
 
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
+from llmkit_attention.flash.tiles import accumulate, scores
+
+
+@triton.jit
+def list_tiles(
+    starts, lengths, tables, table_stride, codes, pages, ends, arrivals, rows, window,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Program row: its tiles behind those of the rows before it; also clears its `arrivals` [row, HEADS]."""
+    row = tl.program_id(0)
+    index = tl.arange(0, ROWS_PAD)
+    inside = index < rows
+    length = tl.load(lengths + index, mask=inside, other=0)
+    begins = tl.load(starts + index, mask=inside, other=0)
+    length = tl.where(tl.load(starts + index + 1, mask=inside, other=0) - begins == 1, length, 0)
+    lowest = tl.maximum(length - window, 0) if WINDOW else length * 0
+    count = tl.cdiv(length, TILE) - lowest // TILE
+    base = tl.sum(tl.where(index < row, count, 0), 0)
+    number = tl.sum(tl.where(index == row, count, 0), 0)
+    length = tl.sum(tl.where(index == row, length, 0), 0)
+    lowest = tl.sum(tl.where(index == row, lowest, 0), 0)
+    tl.store(ends + row, base + number)
+    head = tl.arange(0, triton.next_power_of_2(HEADS))
+    tl.store(arrivals + row * HEADS + head, head * 0, mask=head < HEADS)
+    table = tables + row.to(tl.int64) * table_stride
+    PAGES: tl.constexpr = TILE // PAGE if TILE > PAGE else 1
+    for chunk in range(0, number, CHUNK):
+        tile = chunk + tl.arange(0, CHUNK)
+        real = tile < number
+        key = (lowest // TILE + tile) * TILE
+        seen = tl.minimum(length - key, TILE)
+        code = (row << 14) | (tl.maximum(lowest - key, 0) << 8) | ((seen - 1) << 2)
+        code |= tl.where(tile == 0, 2, 0) | tl.where(tile == number - 1, 1, 0)
+        tl.store(codes + base + tile, code, mask=real)
+        for i in tl.static_range(PAGES):
+            held = real & (key + i * PAGE < length)
+            page = tl.load(table + (key + i * PAGE) // PAGE, mask=held, other=0)
+            if TILE < PAGE:
+                page = page * (PAGE // TILE) + key % PAGE // TILE
+            tl.store(pages + (base + tile) * PAGES + i, page, mask=real)
 
 
 @triton.jit
 def attend_one(
-    query, key_pool, value_pool, out, partial, lse, starts, lengths, tables, table_stride,
-    query_n, query_h, query_d, scale, softcap, window,
+    query, key_pool, value_pool, out, partial, lse, starts, codes, pages, ends, arrivals, rows,
+    query_n, query_h, query_d, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr, SHARES_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, KV head, split): the head's GROUP queries over a share of the row's keys.
+    """Program (share, KV head): its share of the tiles, for the head's GROUP queries.
 
-    With one split writes `out`, else normalized `partial` [row, head, split, DIM] and `lse` (base 2, -inf for none).
+    A row that lies within one share is written to `out`. Of the others a share holds at most two, its first and its
+    last: their normalised parts go to `partial` [share, head, 2, ROWS_PAD, DIM] and `lse` (base 2), and the share that
+    arrives last at a row combines its parts.
     """
-    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token, length = tl.load(starts + row).to(tl.int64), tl.load(lengths + row)
-    if tl.load(starts + row + 1) - token == 1:
-        first = tl.maximum(length - window, 0) // TILE * TILE if WINDOW else 0
-        share = tl.cdiv(tl.cdiv(length - first, TILE), SPLITS) * TILE
-        begin = first + split * share
-        end = tl.minimum(begin + share, length)
-        member, dim = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD)
-        real = (member < GROUP)[:, None] & (dim < DIM)[None, :]
-        heads = head * GROUP + member
-        packed = tl.load(
-            query + token * query_n + heads[:, None] * query_h + dim[None, :] * query_d, mask=real, other=0.0
-        )
-        table = tables + row.to(tl.int64) * table_stride
+    share, head = tl.program_id(0), tl.program_id(1)
+    total = tl.load(ends + rows - 1)
+    shares = tl.minimum(total, SHARES)
+    member, dim, offset = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
+    members, inside = member < GROUP, (dim < DIM)[None, :]
+    real = members[:, None] & inside
+    heads = head * GROUP + member
+    place = heads[:, None] * query_h + dim[None, :] * query_d
+    if share < shares:
+        begin, end = _begin(share, total, shares), _begin(share + 1, total, shares)
+        code = tl.load(codes + begin)
+        page = _pages(pages, begin, PAGE, TILE)
+        row = code >> 14
+        token = tl.load(starts + row).to(tl.int64)
+        packed = tl.load(query + token * query_n + place, mask=real, other=0.0)
         top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS_PAD], tl.float32)
+        weight = tl.zeros([ROWS_PAD], tl.float32)
         context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
-        page = page_ids(table, begin, end, PAGE, TILE)
-        for start in range(begin, end, TILE):
-            keys = start + tl.arange(0, TILE)
-            base = offsets(page, keys, head, HEADS, PAGE, DIM)
-            page = page_ids(table, start + TILE, end, PAGE, TILE)
-            at, here = base[:, None] + dim[None, :], (keys < end)[:, None] & (dim < DIM)[None, :]
-            tile = tl.load(key_pool + at, mask=here, other=0.0)
-            visible = (keys < end) & (keys >= length - window) if WINDOW else keys < end
-            logits = tl.where(visible[None, :], scores(packed, tl.trans(tile), scale, softcap, SOFTCAP), float("-inf"))
-            values = tl.load(value_pool + at, mask=here, other=0.0)
-            top, total, context = accumulate(logits, values, top, total, context)
-        where = (token, row, heads, dim, split)
-        _finish(out, partial, lse, where, top, total, context, real, member < GROUP, HEADS * GROUP, DIM, SPLITS)
+        slot = 0
+        whole = (code & 2) != 0
+        for tile in range(begin, end):
+            now = code
+            at = _keys(page, head, offset, HEADS, PAGE, TILE)[:, None] * DIM + dim[None, :]
+            ahead = tl.minimum(tile + 1, end - 1)
+            code = tl.load(codes + ahead)
+            page = _pages(pages, ahead, PAGE, TILE)
+            seen = offset <= ((now >> 2) & 63)
+            stored = tl.load(key_pool + at, mask=seen[:, None] & inside, other=0.0)
+            visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen
+            logits = tl.where(visible[None, :], scores(packed, tl.trans(stored), scale, softcap, SOFTCAP), float("-inf"))
+            values = tl.load(value_pool + at, mask=seen[:, None] & inside, other=0.0)
+            top, weight, context = accumulate(logits, values, top, weight, context)
+            is_last = (now & 1) != 0
+            if is_last | (tile == end - 1):
+                result = context / weight[:, None]
+                done = whole & is_last
+                target = (token * (HEADS * GROUP) + heads[:, None]) * DIM + dim[None, :]
+                tl.store(out + target, result.to(out.dtype.element_ty), mask=real & done)
+                part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD + member
+                tl.store(partial + part[:, None] * DIM + dim[None, :], result, mask=real & (not done))
+                tl.store(lse + part, top + tl.log2(weight), mask=members & (not done))
+                token = tl.load(starts + (tl.load(codes + ahead) >> 14)).to(tl.int64)
+                packed = tl.load(query + token * query_n + place, mask=real, other=0.0)
+                top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+                weight = tl.zeros([ROWS_PAD], tl.float32)
+                context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+                slot = 1
+                whole = True
+        tl.debug_barrier()
+        closing = code >> 14
+        for item in range(0, tl.where(closing == row, 1, 2)):
+            which = tl.where(item == 0, row, closing)
+            first, last = tl.load(ends + which - 1, mask=which > 0, other=0), tl.load(ends + which) - 1
+            if (first < begin) | (last >= end):
+                first_share, last_share = _share_of(first, total, shares), _share_of(last, total, shares)
+                before = tl.atomic_add(arrivals + which * HEADS + head, 1, sem="acq_rel")
+                if before == last_share - first_share:
+                    tl.debug_barrier()
+                    tl.store(arrivals + which * HEADS + head, 0)
+                    slot_of_first = tl.where(first > _begin(first_share, total, shares), 1, 0)
+                    combined = _combine(
+                        partial, lse, first_share, last_share, slot_of_first, head, member, dim,
+                        HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD, SHARES_PAD,
+                    )  # fmt: skip
+                    token = tl.load(starts + which).to(tl.int64)
+                    target = (token * (HEADS * GROUP) + heads[:, None]) * DIM + dim[None, :]
+                    tl.store(out + target, combined.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _finish(
-    out, partial, lse, where, top, total, context, real, members,
-    QUERY_HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    token, row, heads, dim, split = where
-    context = context / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
-        target = (token * QUERY_HEADS + heads[:, None]) * DIM + dim[None, :]
-        tl.store(out + target, context.to(out.dtype.element_ty), mask=real)
+def _begin(share, total, shares):
+    """The first tile of a share."""
+    return (share.to(tl.int64) * total // shares).to(tl.int32)
+
+
+@triton.jit
+def _share_of(tile, total, shares):
+    """The share that holds a tile."""
+    return (((tile.to(tl.int64) + 1) * shares - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def _keys(page, head, offset, HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Where a tile's keys lie in a pool [pages, HEADS, PAGE], int64 [TILE]."""
+    if TILE < PAGE:
+        return (page // (PAGE // TILE) * HEADS + head) * PAGE + page % (PAGE // TILE) * TILE + offset
     else:
-        slot = (row * QUERY_HEADS + heads) * SPLITS + split
-        seen = total > 0.0
-        tl.store(partial + slot[:, None] * DIM + dim[None, :], context, mask=real & seen[:, None])
-        tl.store(lse + slot, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")), mask=members)
+        return (page * HEADS + head) * PAGE + offset % PAGE
 
 
 @triton.jit
-def combine(
-    out, partial, lse, starts,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+def _pages(pages, tile, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Pages of a tile's keys: one number if a page holds the tile, else one a key, int64."""
+    if TILE <= PAGE:
+        return tl.load(pages + tile).to(tl.int64)
+    else:
+        return tl.load(pages + tile * (TILE // PAGE) + tl.arange(0, TILE) // PAGE).to(tl.int64)
+
+
+@triton.jit
+def _combine(
+    partial, lse, first_share, last_share, slot_of_first, head, member, dim,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    SHARES_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, query head): the row's splits, weighed by their log-sum-exps; zeros where none saw a key."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(starts + row).to(tl.int64)
-    if tl.load(starts + row + 1) - token == 1:
-        split, dim = tl.arange(0, SPLITS_PAD), tl.arange(0, DIM_PAD)
-        slot = (row * HEADS + head) * SPLITS + split
-        logs = tl.load(lse + slot, mask=split < SPLITS, other=float("-inf"))
-        top = tl.max(logs, 0)
-        seen = logs > float("-inf")
-        weights = tl.where(seen, tl.exp2(logs - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-        total = tl.sum(weights, 0)
-        here = seen[:, None] & (dim < DIM)[None, :]
-        parts = tl.load(partial + slot[:, None] * DIM + dim[None, :], mask=here, other=0.0)
-        context = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-        tl.store(out + (token * HEADS + head) * DIM + dim, context.to(out.dtype.element_ty), mask=dim < DIM)
+    """A row's parts weighed by their log-sum-exps, float32 [ROWS_PAD, DIM_PAD]; each share holds one in slot 0 or 1."""
+    share = first_share + tl.arange(0, SHARES_PAD)
+    held = share <= last_share
+    slot = tl.where(share == first_share, slot_of_first, 0)
+    part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD
+    logs = tl.load(
+        lse + part[None, :] + member[:, None],
+        mask=held[None, :] & (member < GROUP)[:, None], other=float("-inf"), cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(logs, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(logs - top[:, None]), 1)
+    combined = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+    for number in tl.range(first_share, last_share + 1, loop_unroll_factor=4):
+        at = ((number * HEADS + head) * 2 + tl.where(number == first_share, slot_of_first, 0)) * ROWS_PAD + member
+        members = member < GROUP
+        log = tl.load(lse + at, mask=members, other=float("-inf"), cache_modifier=".cg")
+        real = members[:, None] & (dim < DIM)[None, :]
+        value = tl.load(partial + at[:, None] * DIM + dim[None, :], mask=real, other=0.0, cache_modifier=".cg")
+        combined += value * tl.exp2(log - top)[:, None]
+    return combined / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from llmkit.interfaces.attention import AttentionBatch, LayerSpec
-from llmkit_attention.flash.decode import attend_one, combine
+from llmkit_attention.flash.decode import attend_one, list_tiles
 from llmkit_attention.flash.prefill import attend_many
 from llmkit_attention.flash.store import write_kv
 
-MAX_PROGRAMS = 2048
-"""Above so many (row, KV head) pairs no row is split; below, splits fill up to it."""
-MAX_SPLITS = 64
-KEYS_PER_SPLIT = 256
-"""A row is not cut into splits smaller than this (by the bound on its length)."""
+PROGRAMS_PER_PROCESSOR = 2
+"""Decode programs that run on a multiprocessor at the same time; their shared memory allows no more."""
+STAGES = 3
+"""Tiles of a decode program that are loaded or in use at the same time."""
+CHUNK = 128
+"""Tiles that a program lists at a time."""
 
 
 def power_of_two(number: int) -> int:
@@ -23,26 +25,36 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def num_splits(num_rows: int, num_kv_heads: int, max_seq_len: int) -> int:
-    """Splits of every row's keys, a power of two; depends on host numbers only, so that a captured grid stays right.
+@dataclass(frozen=True, slots=True)
+class TileList:
+    """The tiles of a step's single-token rows on the device, int32; see `decode`."""
 
-    `max_seq_len` counts rounded up to a power of two: batches of one bucket get one grid.
-    """
-    room = MAX_PROGRAMS // (num_rows * num_kv_heads)
-    wanted = power_of_two(max(max_seq_len, 1)) // KEYS_PER_SPLIT
-    splits = max(1, min(room, wanted, MAX_SPLITS))
-    return 1 << (splits.bit_length() - 1)
+    codes: torch.Tensor
+    pages: torch.Tensor
+    ends: torch.Tensor
+    arrivals: torch.Tensor
 
 
 class Workspace:
-    """Results of splits before they are combined, float32, shared by all layers and never reallocated."""
+    """Parts of rows before they are combined, float32, shared by all layers and never reallocated."""
 
     def __init__(self, layers: Iterable[LayerSpec], device: torch.device) -> None:
         specs = list(layers)
-        groups = [spec.num_heads // spec.num_kv_heads for spec in specs]
-        sizes = [group * spec.head_dim for group, spec in zip(groups, specs, strict=True)]
-        self.partial = torch.empty(MAX_PROGRAMS * max(sizes), dtype=torch.float32, device=device)
-        self.lse = torch.empty(MAX_PROGRAMS * max(groups), dtype=torch.float32, device=device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        self.programs = processors * PROGRAMS_PER_PROCESSOR
+        rows = [self.shares(spec) * spec.num_kv_heads * 2 * group_pad(spec) for spec in specs]
+        sizes = [number * spec.head_dim for number, spec in zip(rows, specs, strict=True)]
+        self.partial = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        self.lse = torch.empty(max(rows), dtype=torch.float32, device=device)
+
+    def shares(self, spec: LayerSpec) -> int:
+        """Programs for each KV head: all of them run at once."""
+        return max(1, self.programs // spec.num_kv_heads)
+
+
+def group_pad(spec: LayerSpec) -> int:
+    """Query heads of a KV head, padded to what a tensor core takes."""
+    return max(16, power_of_two(spec.num_heads // spec.num_kv_heads))
 
 
 class Launch:
@@ -53,32 +65,48 @@ class Launch:
         self.group = spec.num_heads // spec.num_kv_heads
         self.dim_pad = power_of_two(spec.head_dim)
         self.tile = 64 if self.dim_pad <= 128 else 32
+        self.tiling = (self.tile, spec.window, spec.num_kv_heads)
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor) -> None:
-        """Store `key` and `value` [N, num_kv_heads, head_dim] at `slots` int64 [N]; negative ones are left out."""
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Store `key` and `value` [N, num_kv_heads, head_dim] at `slots` int64 [N]; where negative, clear `out[n]`."""
         spec = self.spec
         write_kv[(len(slots),)](
-            key, value, slots, pool[0], pool[1], *key.stride(), *value.stride(),
+            key, value, slots, pool[0], pool[1], out, *key.stride(), *value.stride(), spec.num_heads * spec.head_dim,
             HEADS=spec.num_kv_heads, DIM=spec.head_dim, PAGE=self.block_size,
-            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad,
+            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, OUT_PAD=power_of_two(spec.num_heads * spec.head_dim),
         )  # fmt: skip
 
-    def decode(self, query: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, batch: AttentionBatch) -> None:
-        """Fill `out` [N, num_heads, head_dim] for rows with one new token; other rows are left alone."""
-        spec, rows = self.spec, len(batch.seq_lens)
-        splits = num_splits(rows, spec.num_kv_heads, batch.max_seq_len)
-        partial, lse = self.workspace.partial, self.workspace.lse
-        attend_one[(rows, spec.num_kv_heads, splits)](
-            query, pool[0], pool[1], out, partial, lse, *self._rows(batch), *query.stride(), *self._logits(),
-            HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
-            ROWS_PAD=max(16, power_of_two(self.group)), DIM_PAD=self.dim_pad, SPLITS=splits,
-            WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None, num_warps=4, num_stages=3,
+    def list_tiles(self, batch: AttentionBatch) -> TileList:
+        """The tiles of the batch's single-token rows, listed on the device; the same for layers of one window."""
+        rows, device = len(batch.seq_lens), batch.seq_lens.device
+        most = rows * -(-batch.max_seq_len // self.tile)
+        pages = max(1, self.tile // self.block_size)
+        codes, listed = (torch.empty(most * width, dtype=torch.int32, device=device) for width in (1, pages))
+        ends, arrivals = (
+            torch.empty(rows * width, dtype=torch.int32, device=device) for width in (1, self.spec.num_kv_heads)
+        )
+        list_tiles[(rows,)](
+            *self._rows(batch), codes, listed, ends, arrivals, rows, self.spec.window or 0,
+            HEADS=self.spec.num_kv_heads, PAGE=self.block_size, TILE=self.tile, ROWS_PAD=power_of_two(rows),
+            CHUNK=CHUNK, WINDOW=self.spec.window is not None, num_warps=4,
         )  # fmt: skip
-        if splits > 1:
-            combine[(rows, spec.num_heads)](
-                out, partial, lse, batch.query_start_loc, HEADS=spec.num_heads, DIM=spec.head_dim,
-                DIM_PAD=self.dim_pad, SPLITS=splits, SPLITS_PAD=splits, num_warps=4,
-            )  # fmt: skip
+        return TileList(codes, listed, ends, arrivals)
+
+    def decode(
+        self, query: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, tiles: TileList, batch: AttentionBatch
+    ) -> None:
+        """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`; other rows are left alone."""
+        spec, workspace, shares = self.spec, self.workspace, self.workspace.shares(self.spec)
+        attend_one[(shares, spec.num_kv_heads)](
+            query, pool[0], pool[1], out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.codes,
+            tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
+            spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
+            TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares,
+            SHARES_PAD=power_of_two(shares), WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
+            num_warps=4, num_stages=STAGES,
+        )  # fmt: skip
 
     def prefill(
         self,
