@@ -25,7 +25,7 @@ from llmkit.metrics.records import RequestRecord
 from llmkit.metrics.summary import summarise
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
-from llmkit.report.style import BLUE, ORANGE, frame, new_figure, tidy
+from llmkit.report.style import BLUE, GREY, ORANGE, frame, new_figure, tidy
 from llmkit.testing.simulation import simulate
 from llmkit.types import SamplingParams, StepPlan
 from llmkit.workload.driver import run_workload
@@ -160,6 +160,30 @@ def lighter_tenants(run: Run) -> float:
     return fmean(1e3 * (record.ttft or 0.0) for record in run.completed if record.tenant != "tenant0")
 
 
+def deadlines_met(run: Run) -> float:
+    """Per cent of the requests."""
+    return 100 * float(run.numbers["deadlines_met"])
+
+
+def met_by_rate(axes: Any, runs: Sequence[Run]) -> None:
+    """A panel: deadlines met at other rates of arrival."""
+    rates = (20, 40, 60, 80, 120, 160)
+    for run in runs:
+        met = [deadlines_met(play(COMPARISONS["deadline"], run.scheduler, rate=rate)) for rate in rates]
+        axes.plot(rates, met, marker="o", color=COLOURS.get(run.scheduler, BLUE))
+    axes.set(xlabel="requests per second", ylabel="deadlines met, % of all requests", ylim=(0, 105), xlim=(0, None))
+
+
+def lateness(axes: Any, runs: Sequence[Run]) -> None:
+    """A panel: the share of all requests that ended so long after their deadline at most."""
+    for run in runs:
+        ranked = sorted(r.token_times[-1] - (r.deadline or 0.0) for r in run.completed)
+        y = [100 * (rank + 1) / len(run.requests) for rank in range(len(ranked))]
+        axes.step(ranked, y, where="post", color=COLOURS.get(run.scheduler, BLUE), linewidth=1.5)
+    axes.axvline(0.0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set(xlabel="end after the deadline, s (refused: never)", ylabel="share of all requests, %", ylim=(0, 100))
+
+
 COMPARISONS = {
     "sjf": Comparison(
         "sjf",
@@ -183,6 +207,13 @@ COMPARISONS = {
             bars("tenant and its share of the requests", "95th percentile of time to first token, ms", by_tenant(p95)),
         ),
         "fair: who asks for less than its share does not feel who asks for more",
+    ),
+    "deadline": Comparison(
+        "deadline",
+        "deadlines",
+        {"deadlines met, %": deadlines_met, "requests completed": number("completed")},
+        (met_by_rate, lateness),
+        "deadline: what cannot end in time is refused, so that the others do",
     ),
 }
 

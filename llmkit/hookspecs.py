@@ -52,6 +52,7 @@ class RequestEvent:
     metrics: RequestMetrics
     tenant: str = ""
     priority: int = 0
+    deadline: float | None = None
 
 
 @hookspec

@@ -166,5 +166,6 @@ class Engine:
                 progress.metrics(),
                 request.tenant,
                 request.priority,
+                request.deadline,
             )
             self.hooks.llmkit_request_finished(event=event)

@@ -19,12 +19,13 @@ from llmkit.types import Request, RequestStatus
 
 
 class DenialReason(Enum):
-    """Why `SchedulingStep.run` granted nothing."""
+    """Why `SchedulingStep.run` granted nothing, or, for `TOO_LATE`, why a scheduler refuses a request."""
 
     NO_BLOCKS = "the cache has not enough free blocks"
     NO_TOKENS = "the step's token budget is spent"
     NO_SEQS = "max_num_seqs sequences are running"
     NEVER_FITS = "even an empty cache could not hold it"
+    TOO_LATE = "it would end after its deadline"
     NO_WORK = "everything it knows is computed or in flight"
 
 

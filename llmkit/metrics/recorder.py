@@ -114,6 +114,7 @@ class MetricsRecorder:
         record.num_output_tokens = event.num_output_tokens
         record.num_preemptions = event.metrics.num_preemptions
         record.priority = event.priority
+        record.deadline = event.deadline
         record.tenant = event.tenant
         record.finish_reason = event.finish_reason.value
         record.error = event.error

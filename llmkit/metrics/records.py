@@ -25,6 +25,7 @@ class RequestRecord:
     num_preemptions: int = 0
     priority: int = 0
     tenant: str = ""
+    deadline: float | None = None
     finish_reason: str | None = None
     error: str | None = None
     first_scheduled_time: float | None = None
@@ -35,6 +36,12 @@ class RequestRecord:
     def is_completed(self) -> bool:
         """Whether it ended by itself: neither failed nor aborted."""
         return self.finish_reason in ("stop", "length")
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether it ended by itself, its last token not after its deadline if it has one."""
+        ended_at = self.token_times[-1] if self.is_completed and self.token_times else None
+        return ended_at is not None and (self.deadline is None or ended_at <= self.deadline)
 
     @property
     def ttft(self) -> float | None:

@@ -59,6 +59,7 @@ def throughputs(
     """Counts, and counts per second of `duration`."""
     num_input = sum(record.num_prompt_tokens for record in completed)
     num_output = sum(record.num_output_tokens for record in completed)
+    due = [record for record in records if record.deadline is not None]
     num_good = sum(limits.are_met(record) for record in completed) if limits else None
 
     def per_second(count: int | None) -> float | None:
@@ -72,9 +73,11 @@ def throughputs(
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,
         "request_throughput": per_second(len(completed)),
+        "input_throughput": per_second(num_input),
         "output_throughput": per_second(num_output),
         "total_token_throughput": per_second(num_input + num_output),
         "request_goodput": per_second(num_good),
+        "deadlines_met": _share(sum(record.is_in_time for record in due), len(due)),
     }
 
 

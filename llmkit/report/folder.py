@@ -47,7 +47,7 @@ def request_row(record: RequestRecord, start: float) -> dict[str, Any]:
     """One line of `requests.jsonl`: times in seconds from the start of the run, latencies in milliseconds."""
     row = asdict(record)
     del row["token_times"]
-    for name in ("arrival_time", "first_scheduled_time", "finished_time"):
+    for name in ("arrival_time", "deadline", "first_scheduled_time", "finished_time"):
         row[name] = None if row[name] is None else row[name] - start
     for name in ("ttft", "tpot", "e2el"):
         value = getattr(record, name)

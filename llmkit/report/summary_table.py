@@ -43,11 +43,14 @@ def overview(result: Mapping[str, Any]) -> Rows:
         ("requests", f"{ended} of {result['num_prompts']}" + (" (interrupted)" if result["interrupted"] else "")),
         ("duration", number(result["duration"], "s", 2)),
         ("output throughput", number(result["output_throughput"], "tok/s")),
+        ("input throughput", number(result["input_throughput"], "tok/s")),
         ("total throughput", number(result["total_token_throughput"], "tok/s")),
         ("request throughput", number(result["request_throughput"], "req/s", 2)),
     ]
     if result["request_goodput"] is not None:
         rows.append(("goodput", number(result["request_goodput"], "req/s", 2)))
+    if result["deadlines_met"] is not None:
+        rows.append(("deadlines met", percent(result["deadlines_met"])))
     rows += [
         ("steps", f"{number(result['num_steps'])}, {number(result['tokens_per_step'], 'tokens each')}"),
         ("most requests at once", number(result["max_concurrent_requests"])),

@@ -16,6 +16,7 @@ from llmkit.hookspecs import hookimpl
 from llmkit.registry import Registry
 from llmkit.workload.settings import (
     BatchSettings,
+    DeadlinesSettings,
     GammaSettings,
     GridSettings,
     NamedSettings,
@@ -33,7 +34,11 @@ NAMED = {
     "prefill": "32 requests, 8192 in, 8 out",
 }
 
-PRESETS: dict[str, type[PoissonSettings]] = {"short_long": ShortLongSettings, "tenants": TenantsSettings}
+PRESETS: dict[str, type[PoissonSettings]] = {
+    "short_long": ShortLongSettings,
+    "tenants": TenantsSettings,
+    "deadlines": DeadlinesSettings,
+}
 """Poisson arrivals whose defaults show what a scheduler is good for."""
 
 

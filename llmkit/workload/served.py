@@ -159,5 +159,5 @@ def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
     return factory
 
 
-short_long, tenants = map(_preset, ("short_long", "tenants"))
+short_long, tenants, deadlines = map(_preset, ("short_long", "tenants", "deadlines"))
 nano256, single, batch64, mixed512, prefill = map(_named, ("nano256", "single", "batch64", "mixed512", "prefill"))

@@ -77,8 +77,17 @@ class SyntheticSettings(ServedSettings):
     )
     tenants: int = Field(default=0, ge=0, le=1000, description="tenants the requests come from; 0: nobody's")
     tenant_skew: float = Field(default=0.0, ge=0.0, le=10.0, description="tenant k's share falls like k^-skew")
+    deadline_seconds: tuple[float, float] | None = Field(
+        default=None, description="deadlines are drawn from LOW to HIGH seconds after arrival; null: none"
+    )
     prompt_file: str = Field(default="", description="text file to cut prompts from; empty: random token ids")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of arrivals, lengths and prompts")
+
+    @model_validator(mode="after")
+    def _deadlines_rise(self) -> SyntheticSettings:
+        if self.deadline_seconds is not None and not 0.0 <= self.deadline_seconds[0] <= self.deadline_seconds[1] < 1e9:
+            raise ValueError("deadline_seconds: give [LOW, HIGH] with 0 <= LOW <= HIGH")
+        return self
 
     @model_validator(mode="after")
     def _prefix_is_whole(self) -> SyntheticSettings:
@@ -115,6 +124,16 @@ class TenantsSettings(PoissonSettings):
     rate: float = Field(default=80.0, gt=0.0, description="requests per second; .inf: all at once")
     tenants: int = Field(default=4, ge=0, le=1000, description="tenants the requests come from; 0: nobody's")
     tenant_skew: float = Field(default=2.0, ge=0.0, le=10.0, description="tenant k's share falls like k^-skew")
+
+
+class DeadlinesSettings(PoissonSettings):
+    """More requests than the machine can answer in time, each with a deadline: what `deadline` is for."""
+
+    num_requests: int = Field(default=200, ge=1, le=1_000_000, description="how many requests")
+    rate: float = Field(default=80.0, gt=0.0, description="requests per second; .inf: all at once")
+    deadline_seconds: tuple[float, float] | None = Field(
+        default=(0.2, 1.0), description="deadlines are drawn from LOW to HIGH seconds after arrival; null: none"
+    )
 
 
 class GammaSettings(PoissonSettings):

@@ -20,8 +20,8 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     prefix groups, a request belongs to one drawn uniformly and starts with its `prefix_len` tokens.
     """
     size, seed = settings.num_requests, settings.seed
-    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng, hint_rng, tenant_rng = (
-        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(8)
+    times_rng, prompt_rng, output_rng, text_rng, group_rng, priority_rng, hint_rng, tenant_rng, due_rng = (
+        np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(9)
     )
     times = arrival_times(size, rate, burstiness, times_rng)
     prompt_lens = sample_lengths(settings.prompt_len, size, prompt_rng)
@@ -33,10 +33,23 @@ def synthesise(settings: SyntheticSettings, rate: float, burstiness: float, boun
     hints = _hints(settings.hint_error, output_lens, hint_rng)
     tenants = _tenants(settings, tenant_rng)
     columns = (column.tolist() for column in (times, prompt_lens, output_lens, groups, priorities))
+    deadlines = _deadlines(settings.deadline_seconds, times, due_rng)
     return [
-        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority, tenant, length_hint=hint)
-        for time, prompt_len, max_tokens, group, priority, tenant, hint in zip(*columns, tenants, hints, strict=True)
+        TimedRequest(time, prefixes[group] + draw(prompt_len), max_tokens, priority, tenant, deadline, hint)
+        for time, prompt_len, max_tokens, group, priority, tenant, deadline, hint in zip(
+            *columns, tenants, deadlines, hints, strict=True
+        )
     ]
+
+
+def _deadlines(
+    after: tuple[float, float] | None, times: NDArray[np.float64], rng: np.random.Generator
+) -> list[float] | list[None]:
+    """Arrivals plus seconds drawn uniformly from `after`."""
+    if after is None:
+        return [None] * len(times)
+    deadlines: list[float] = (times + rng.uniform(*after, size=len(times))).tolist()
+    return deadlines
 
 
 def _tenants(settings: SyntheticSettings, rng: np.random.Generator) -> list[str]:

@@ -44,6 +44,17 @@ def test_fair_shields_light_tenants_from_the_heavy_one(script: ModuleType, seed:
     assert after.numbers["completed"] == len(after.requests)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_deadline_meets_more_deadlines(script: ModuleType, seed: int) -> None:
+    before, after = script.compare(script.COMPARISONS["deadline"], seed=seed)
+    assert script.deadlines_met(after) > 1.3 * script.deadlines_met(before)
+    late = [record for record in after.completed if not record.is_in_time]
+    assert len(late) < 0.1 * len(after.requests), "admission lets in what ends too late"
+    refused = [record for record in after.recorder.requests.values() if not record.is_completed]
+    assert refused and all((record.error or "").startswith("it would end after its deadline: ") for record in refused)
+    assert len(refused) + len(after.completed) == len(after.requests)
+
+
 def test_the_committed_page_and_pictures_are_what_the_script_writes(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

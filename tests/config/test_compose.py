@@ -134,7 +134,7 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
     [
         (
             ["scheduler=contnuous"],
-            "unknown scheduler 'contnuous'; did you mean 'continuous'? (choices: continuous, fair, mine, ",
+            "unknown scheduler 'contnuous'; did you mean 'continuous'? (choices: continuous, deadline, fair, mine, ",
         ),
         (["cache=x"], "unknown cache 'x' (choices: contiguous, paged)"),
         (["attention=sdp"], "unknown attention 'sdp'; did you mean 'sdpa'? (choices: auto, flash, sdpa)"),
@@ -192,7 +192,7 @@ def test_help_lists_foreign_components_on_stdout(
     assert caught.value.code == 0
     out, err = capsys.readouterr()
     assert (
-        "scheduler: continuous, fair, mine, priority, sequential, sjf, static" in out
+        "scheduler: continuous, deadline, fair, mine, priority, sequential, sjf, static" in out
         and "max_num_batched_tokens: 2048" in out
     )
     assert err == ""

@@ -19,7 +19,7 @@ def step(step_id: int, landed_at: float, rows: list[Row], new: dict[str, int] | 
 
 def finished(request_id: str, num_output: int, arrival: float = 0.0, at: float = 9.0) -> RequestEvent:
     metrics = RequestMetrics(arrival, 1.0, at, num_preemptions=1)
-    return RequestEvent(request_id, 4, num_output, FinishReason.LENGTH, None, metrics, "tenant", 3)
+    return RequestEvent(request_id, 4, num_output, FinishReason.LENGTH, None, metrics, "tenant", 3, 2.5)
 
 
 def test_token_times_come_from_the_step_that_brought_them() -> None:
@@ -33,7 +33,7 @@ def test_token_times_come_from_the_step_that_brought_them() -> None:
     assert (record.ttft, record.e2el) == (0.75, 2.75)
     assert record.tpot == (2.75 - 0.75) / 3
     assert list(record.itl) == [1.5, 0.0, 0.5]
-    assert (record.tenant, record.priority, record.num_preemptions) == ("tenant", 3, 1)
+    assert (record.tenant, record.priority, record.deadline, record.num_preemptions) == ("tenant", 3, 2.5, 1)
 
 
 def test_positions_computed_twice_are_counted_once_each_time() -> None:

@@ -127,6 +127,16 @@ def test_recompute_tax_and_prefix_hits() -> None:
     assert result["prefix_hit_rate"] == pytest.approx(5 / 20)
 
 
+def test_a_deadline_is_met_by_the_last_token_of_a_completed_request() -> None:
+    records = [request("a", 0.0, [0.5, 1.0]), request("b", 0.0, [0.5, 1.5]), request("c", 0.0, [0.5])]
+    refused = RequestRecord("d", 0.0, 8, finish_reason="error")
+    for record in (*records[:2], refused):
+        record.deadline = 1.0
+    assert [record.is_in_time for record in (*records, refused)] == [True, False, True, False]
+    assert summarise(recorded([*records, refused]))["deadlines_met"] == pytest.approx(1 / 3)
+    assert summarise(recorded(records[2:]))["deadlines_met"] is None
+
+
 def test_host_time_of_steps_that_follow_each_other() -> None:
     steps = [step(0.10, 0.50), step(0.60, 1.00), step(1.50, 2.00, idle=0.40)]
     # plan the first 0.01, gap 0.10, gap 0.50 of which 0.40 slept, take in the last 0.02

@@ -29,8 +29,12 @@ def test_goodput_and_gpu_idle_are_shown_only_where_they_exist() -> None:
     plain = dict(overview(summarise(recorder)))
     assert "goodput" not in plain
     assert "GPU idle" not in plain
+    assert "deadlines met" not in plain
+    assert (plain["input throughput"], plain["output throughput"]) == ("1.5 tok/s", "0.5 tok/s")
+    recorder.requests["a"].deadline = 0.4
     full = dict(overview(summarise(recorder, GoodputLimits(ttft_ms=600), device="cuda")))
     assert full["goodput"] == "0.50 req/s"
+    assert full["deadlines met"] == "0.0 %"
     assert full["GPU idle"] == "at least 100.0 %"
 
 

@@ -39,6 +39,7 @@ class Stage:
         self.ended: dict[str, float] = {}
         self.num_preemptions: dict[str, int] = {}
         self.num_recomputed: dict[str, int] = {}
+        self.errors: dict[str, str] = {}
 
     def add(self, name: str, num_prompt: int = 4, max_tokens: int = 4, **fields: Any) -> None:
         fields.setdefault("arrival_time", self.clock.now())
@@ -57,6 +58,8 @@ class Stage:
         """Tokens each request got in this step, in plan order."""
         before = self.executor.num_steps
         for output in self.engine.step():
+            if output.error is not None:
+                self.errors[output.request_id] = output.error
             if output.completion is not None:
                 self.ended[output.request_id] = self.clock.now()
                 self.num_preemptions[output.request_id] = output.completion.metrics.num_preemptions

@@ -149,6 +149,16 @@ def test_tenants_share_as_asked_for() -> None:
         assert counts[name] / 6000 == pytest.approx(share, abs=0.02)
 
 
+def test_deadlines_fall_between_the_bounds_after_arrival() -> None:
+    assert {r.deadline for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {None}
+    requests = synthesise(settings(deadline_seconds=(2.0, 6.0), num_requests=2000), 5.0, 1.0, BOUNDS)
+    slack = [(r.deadline or 0.0) - r.arrival_time for r in requests]
+    assert min(slack) >= 2.0 and max(slack) <= 6.0 and np.mean(slack) == pytest.approx(4.0, abs=0.1)
+    for wrong in ((3.0, 2.0), (-1.0, 2.0), (0.0, float("inf"))):
+        with pytest.raises(ValueError, match=r"give \[LOW, HIGH\]"):
+            settings(deadline_seconds=wrong)
+
+
 def test_hints_are_as_far_off_as_asked_for() -> None:
     assert {r.length_hint for r in synthesise(settings(), 5.0, 1.0, BOUNDS)} == {None}
     assert all(r.length_hint == r.max_tokens for r in synthesise(settings(hint_error=0.0), 5.0, 1.0, BOUNDS))

@@ -81,6 +81,18 @@ def test_the_folder_is_complete_and_consistent(tmp_path: Path) -> None:
     assert "model=fake" in text
 
 
+def test_deadlines_are_counted_and_written_from_the_start_of_the_run(tmp_path: Path) -> None:
+    target = fake_target()
+    target.engine.clock.sleep_until(100.0)
+    outcome, text = run(make("deadlines", rate=20.0, deadline_seconds=[0.0, 0.1], **SMALL), tmp_path, target)
+    rows = lines(tmp_path / "requests.jsonl")
+    assert all(0 <= row["deadline"] - row["arrival_time"] <= 0.1 for row in rows)
+    ends = [row["arrival_time"] + row["e2el_ms"] / 1e3 for row in rows]
+    met = sum(end <= row["deadline"] for end, row in zip(ends, rows, strict=True))
+    assert 0 < met < 6 and outcome.result["deadlines_met"] == met / 6
+    assert "deadlines met" in text
+
+
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     run(make("batch", **SMALL), tmp_path, labels={"model": "<script>"})
     page = (tmp_path / "report.html").read_text()
