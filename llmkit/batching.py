@@ -43,6 +43,8 @@ class ContinuousBatching(Scheduler):
         self._max_chunk = getattr(settings, "max_chunk_tokens", 0) or UNLIMITED
         self._preempted: set[RequestView] = set()
         self._is_empty = True
+        self._runs_all = self._has_default("schedule", "order_running", "chunk")
+        self._admits_in_order = self._has_default("order_waiting", "admit", "outranks")
 
     # The choices -----------------------------------------------------------------------------------------------
 
@@ -83,6 +85,14 @@ class ContinuousBatching(Scheduler):
         running = self.order_running(queue.running, step.now)
         if self._continue(running, step) and queue.waiting:
             self._admit(queue.waiting, running, step)
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        """Yes while nobody could join, unless a subclass makes choices of its own that could tell otherwise."""
+        return self._runs_all and (not num_waiting or (self._admits_in_order and not num_free_seqs))
+
+    def _has_default(self, *methods: str) -> bool:
+        """Whether no subclass overrides any of `methods`."""
+        return all(getattr(type(self), name) is getattr(ContinuousBatching, name) for name in methods)
 
     def _continue(self, running: Sequence[RequestView], step: SchedulingStep) -> bool:
         """Run what is running; False if blocks were short, so that nobody may join."""

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmkit.rows import DecodeRows as DecodeRows
+from llmkit.rows import ScheduledRequest as ScheduledRequest
+
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 64
 
@@ -133,22 +136,6 @@ class Request:
         return self.num_tokens - self.num_prompt_tokens
 
 
-class ScheduledRequest(NamedTuple):
-    """One row of a step: run `num_tokens` tokens of the sequence in `slot`, from position `start`.
-
-    There is no prefill or decode flag: a decode is `num_tokens == 1`. `samples` says that the row ends at the last
-    known token, so its last logits choose the next one. `epoch` numbers the request's stay in its slot; a result whose
-    epoch is no longer the request's is dropped.
-    """
-
-    request_id: str
-    slot: int
-    start: int
-    num_tokens: int
-    samples: bool
-    epoch: int
-
-
 class Admission(NamedTuple):
     """A sequence enters (or re-enters) `slot`: everything the device must know about it."""
 
@@ -170,15 +157,20 @@ class BlockTableEdit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step runs: plain data, so that it can be recorded, replayed or sent to another process."""
+    """What one step runs: plain data, so that it can be recorded, replayed or sent to another process.
+
+    `scheduled` is a `DecodeRows` where the rows of the step before go on, one token each, else a tuple.
+    """
 
     step_id: int
-    scheduled: tuple[ScheduledRequest, ...]
+    scheduled: Sequence[ScheduledRequest]
     admissions: tuple[Admission, ...] = ()
     edits: tuple[BlockTableEdit, ...] = ()
 
     @property
     def num_tokens(self) -> int:
+        if isinstance(self.scheduled, DecodeRows):
+            return len(self.scheduled)
         return sum(row.num_tokens for row in self.scheduled)
 
 

@@ -12,6 +12,7 @@ import pluggy
 from llmkit.engine.limits import EngineLimits, check_request
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress, StepOutput
+from llmkit.engine.steady import Crew, SteadyDecode
 from llmkit.hookspecs import RequestEvent, StepEvent
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.executor import Executor, PendingStep
@@ -61,6 +62,8 @@ class Engine:
     _progress: dict[str, Progress] = field(default_factory=dict)
     _in_flight: deque[_InFlight] = field(default_factory=deque)
     _outputs: list[StepOutput] = field(default_factory=list)
+    _stop_ids: set[int] = field(default_factory=set)
+    _heeding: tuple[Crew | None, list[int]] = (None, [])
 
     @property
     def has_unfinished(self) -> bool:
@@ -72,7 +75,9 @@ class Engine:
         check_request(request, self.limits)
         request.max_num_tokens = min(request.max_num_tokens, self.limits.max_model_len)
         self.planner.add(request)
-        self._progress[request.request_id] = progress or Progress(request, self.limits.eos_token_ids)
+        progress = progress or Progress(request, self.limits.eos_token_ids)
+        self._progress[request.request_id] = progress
+        self._stop_ids |= progress.stop_ids
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests now; unknown ids are ignored, tokens still in flight are dropped."""
@@ -113,7 +118,7 @@ class Engine:
         """Advance lengths, append tokens, check stops, tell the observers."""
         result = step.result()
         landed_at = self.clock.now()
-        if self.hooks is None:
+        if self.hooks is None or not self.hooks.llmkit_step_finished.get_hookimpls():
             self._take_in(step.plan, result, landed_at)
             return
         planner, cache = self.planner, self.planner.allocator.stats()
@@ -134,6 +139,10 @@ class Engine:
         self.hooks.llmkit_step_finished(event=replace(event, new_tokens=new_tokens, finished_at=self.clock.now()))
 
     def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
+        """Take a step's results in; how many tokens each request got."""
+        steady = self.planner.lands_steadily(plan, result)
+        if steady is not None:
+            return self._take_in_steadily(steady, result)
         new_tokens: dict[str, int] = {}
         for row, request in enumerate(self.planner.land(plan, result.errors)):
             if request is None:
@@ -148,9 +157,37 @@ class Engine:
                 reason = progress.add_token(result.token_ids[row], result.logprobs.get(row), now)
                 if reason is not None:
                     self._finish(request, reason)
-                else:
+                elif progress.streams:
                     self._outputs.append(progress.take_output())
         return new_tokens
+
+    def _take_in_steadily(self, steady: SteadyDecode, result: StepResult) -> dict[str, int]:
+        """The same for a step that repeats the one before: only who may end or heeds every token is looked at."""
+        token_ids = result.token_ids
+        crew = steady.land(token_ids)
+        new_tokens = crew.new_tokens()
+        rows = self._heeding_rows(crew)
+        ending = [crew.requests.index(request) for request in steady.full_length()]
+        if not self._stop_ids.isdisjoint(token_ids):
+            ending += [row for row, token_id in enumerate(token_ids) if token_id in self._stop_ids]
+        for row in sorted({*rows, *ending}) if ending else rows:
+            request = crew.requests[row]
+            if request.epoch != crew.lineup.epochs[row]:
+                continue
+            progress = self._progress[request.request_id]
+            reason = progress.heed(token_ids[row], result.logprobs.get(row))
+            if reason is not None:
+                self._finish(request, reason)
+            elif progress.streams:
+                self._outputs.append(progress.take_output())
+        return new_tokens
+
+    def _heeding_rows(self, crew: Crew) -> list[int]:
+        """Rows whose progress looks at every token; the same for all steps of a crew."""
+        if self._heeding[0] is not crew:
+            progresses = [self._progress.get(request.request_id) for request in crew.requests]
+            self._heeding = crew, [row for row, p in enumerate(progresses) if p is not None and p.heeds_every_token]
+        return self._heeding[1]
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         self.planner.finish(request, reason, error)

@@ -9,10 +9,20 @@ from collections.abc import Container
 
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
+from llmkit.engine.steady import SteadyDecode, is_decoding
 from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.scheduler import RequestList, RequestQueue, RequestView, Scheduler
-from llmkit.types import Admission, BlockTableEdit, FinishReason, Request, RequestStatus, ScheduledRequest, StepPlan
+from llmkit.types import (
+    Admission,
+    BlockTableEdit,
+    FinishReason,
+    Request,
+    RequestStatus,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+)
 
 
 class Planner:
@@ -28,6 +38,8 @@ class Planner:
         self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
         self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
         self._num_planned_steps = 0
+        self._samples_all = False
+        self._steady: SteadyDecode | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -40,6 +52,7 @@ class Planner:
     @property
     def num_unwritten_slots(self) -> int:
         """KV slots that running requests hold but that no launched step has written."""
+        self.settle()
         block_size = self.allocator.spec.block_size
         return sum(
             request.num_blocks * block_size - request.num_computed_tokens - request.num_in_flight_tokens
@@ -57,6 +70,10 @@ class Planner:
 
     def plan(self, now: float) -> tuple[StepPlan | None, dict[Request, str]]:
         """Let the scheduler choose. Returns the plan, None when nothing runs, and rejected requests with reasons."""
+        plan = self._repeat()
+        if plan is not None:
+            return plan, {}
+        self._end_repeating()
         step = PlannedStep(self._residency, self.scheduler.settings.max_num_batched_tokens, now)
         try:
             self.scheduler.schedule(self._queue, step)
@@ -68,6 +85,33 @@ class Planner:
             self._update_queues(step)
         rejected = {view._request: reason for view, reason in step.rejected.items()}
         return (self._compile(step) if step.grants else None), rejected
+
+    def _repeat(self) -> StepPlan | None:
+        """The step before once more, if the scheduler lets it go on and every running request is decoding."""
+        num_running = len(self._running)
+        if not self._samples_all or not num_running or num_running > self.scheduler.settings.max_num_batched_tokens:
+            return None
+        if not self.scheduler.repeats(len(self._waiting), self._residency.num_free_slots):
+            return None
+        if self._steady is None:
+            requests = [view._request for view in self._running]
+            if not all(map(is_decoding, requests)):
+                return None
+            self._steady = SteadyDecode(requests, self._residency, self._num_planned_steps)
+        plan = self._steady.plan()
+        self._num_planned_steps += plan is not None
+        return plan
+
+    def _end_repeating(self) -> None:
+        """From here on every row of a step is planned and landed by itself."""
+        if self._steady is not None:
+            self._steady.settle()
+            self._steady = None
+
+    def settle(self) -> None:
+        """Bring the counters of all requests up to date: they lag behind while steps repeat."""
+        if self._steady is not None:
+            self._steady.settle()
 
     def _update_queues(self, step: PlannedStep) -> None:
         """The lists schedulers look at change only here, never while they look."""
@@ -96,12 +140,17 @@ class Planner:
             request.num_pending_samples += samples
             request.last_step_id = step_id
             if request.num_blocks > request.num_sent_blocks:
-                edits.append(self._edit(request))
+                edits.append(self._residency.edit(request))
+        self._samples_all = all(row.samples for row in rows)
         return StepPlan(step_id, tuple(rows), admissions, tuple(edits))
 
-    def _edit(self, request: Request) -> BlockTableEdit:
-        first, request.num_sent_blocks = request.num_sent_blocks, request.num_blocks
-        return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
+    def lands_steadily(self, plan: StepPlan, result: StepResult) -> SteadyDecode | None:
+        """Where `plan` can be landed as one of steps that repeat; None if its rows are to be looked at one by one."""
+        if self._steady is None or not self._steady.owns(plan):
+            return None
+        if result.errors:
+            self._end_repeating()
+        return self._steady
 
     def land(self, plan: StepPlan, failed_rows: Container[int] = ()) -> list[Request | None]:
         """A step has run: its rows' KV is valid, but for failed ones. Stale rows (preempted, finished) give None."""
@@ -126,6 +175,8 @@ class Planner:
         view = self._views.pop(request.request_id)
         del self.requests[request.request_id]
         if request.status is RequestStatus.RUNNING:
+            if self._steady is not None:
+                self._steady.leave(request)
             self._running.remove(view)
             self._residency.leave(request)
         else:

@@ -30,15 +30,22 @@ class Progress:
     """Collects a request's output and decides when it ends."""
 
     def __init__(
-        self, request: Request, eos_token_ids: frozenset[int], detokenizer: Detokenizer | None = None, index: int = 0
+        self,
+        request: Request,
+        eos_token_ids: frozenset[int],
+        detokenizer: Detokenizer | None = None,
+        index: int = 0,
+        streams: bool = True,
     ) -> None:
+        """`streams`: somebody wants what every step brings; else there is one output, at the end."""
         params = request.sampling_params
         self.request = request
         self.index = index
+        self.streams = streams
         self.text = ""
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self._detokenizer = detokenizer
         self._stop = params.stop if detokenizer is not None else ()
         self._is_cut = False
@@ -48,27 +55,34 @@ class Progress:
         self._first_token_time: float | None = None
         self._finished_time: float | None = None
 
+    @property
+    def heeds_every_token(self) -> bool:
+        """Whether `heed` has something to do for every token, not only for stop tokens and the last one."""
+        wants_logprobs = self.request.sampling_params.logprobs is not None
+        return self.streams or wants_logprobs or self._detokenizer is not None
+
     def add_token(self, token_id: int, logprobs: TokenLogprobs | None, now: float) -> FinishReason | None:
         """Append a sampled token; the reason to stop, if there is one."""
-        request = self.request
-        request.token_ids.append(token_id)
-        request.num_tokens += 1
+        self.request.token_ids.append(token_id)
+        self.request.num_tokens += 1
         if self._first_token_time is None:
             self._first_token_time = now
+        return self.heed(token_id, logprobs)
+
+    def heed(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+        """`token_id` has been appended: the reason to stop, if there is one."""
+        request, num_tokens = self.request, len(self.request.token_ids)
         if logprobs is not None:
             self._logprobs.append(logprobs)
-        num_output = request.num_tokens - request.num_prompt_tokens
-        is_free_to_stop = num_output >= request.sampling_params.min_tokens
-        if token_id in self._stop_ids and is_free_to_stop:
+        is_free_to_stop = num_tokens - request.num_prompt_tokens >= request.sampling_params.min_tokens
+        if token_id in self.stop_ids and is_free_to_stop:
             return FinishReason.STOP
         if self._detokenizer is not None:
             num_old_chars = len(self.text)
             self.text += self._detokenizer.step(token_id)
             if self._stop and is_free_to_stop and self._cut_at_stop_string(num_old_chars):
                 return FinishReason.STOP
-        if request.num_tokens >= request.max_num_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_tokens >= request.max_num_tokens else None
 
     def _cut_at_stop_string(self, num_old_chars: int) -> bool:
         """Cut the text at a stop string that ends in the new part; older ones came before `min_tokens`."""

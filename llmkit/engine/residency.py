@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from llmkit.interfaces.cache import CacheAllocator
-from llmkit.types import Request
+from llmkit.types import BlockTableEdit, Request
 
 
 class Residency:
@@ -30,6 +30,11 @@ class Residency:
             return False
         request.num_blocks = len(self.allocator.block_table(request))
         return True
+
+    def edit(self, request: Request) -> BlockTableEdit:
+        """The blocks of `request` that the device does not know yet; from now on it does."""
+        first, request.num_sent_blocks = request.num_sent_blocks, request.num_blocks
+        return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
 
     def enter(self, request: Request) -> None:
         """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free."""

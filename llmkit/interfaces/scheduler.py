@@ -232,3 +232,12 @@ class Scheduler(ABC):
     @abstractmethod
     def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
         """Plan one step by calling `step.run`, `step.preempt` and `step.reject`."""
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        """Whether to go on unasked: with `num_waiting` requests waiting, `schedule` would run every running request by
+        its one next token, as the step before did, and do nothing else.
+
+        The core asks this first, and only when every running request decodes and the token budget holds them all. If
+        blocks run short `schedule` is called after all. Default: False, `schedule` is called for every step.
+        """
+        return False

@@ -12,6 +12,7 @@ from llmkit.types import Request, RequestStatus, StepPlan
 
 def check_planner(planner: Planner, in_flight: Iterable[StepPlan]) -> None:
     """Check queues, slots, blocks and token counts; `in_flight` are the plans launched but not landed."""
+    planner.settle()
     planner.allocator.check()
     waiting = [view._request for view in planner._waiting]
     running = [view._request for view in planner._running]

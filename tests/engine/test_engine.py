@@ -202,6 +202,7 @@ def test_an_engine_survives_a_scheduler_that_raises(monkeypatch: pytest.MonkeyPa
     engine.add(one)
     engine.step()
     with monkeypatch.context() as patch:
+        patch.setattr(engine.planner.scheduler, "repeats", lambda num_waiting, num_free_seqs: False)
         patch.setattr(engine.planner.scheduler, "schedule", lambda queue, step: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()

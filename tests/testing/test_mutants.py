@@ -14,6 +14,7 @@ from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
+from llmkit.engine.steady import SteadyDecode
 from llmkit.testing import check_cache, check_scheduler
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
@@ -49,9 +50,27 @@ CORE: dict[str, Bug] = {
     "a failed row is taken for a token": (Engine._take_in, "if row in result.errors", "if row in ()"),
     "admissions of a failed step stay": (PlannedStep.rollback, "self._residency.leave(view._request)", "pass"),
     "stop tokens end a request before min_tokens": (
-        Progress.add_token, "in self._stop_ids and is_free_to_stop", "in self._stop_ids"),
+        Progress.heed, "in self.stop_ids and is_free_to_stop", "in self.stop_ids"),
     "preempted requests lose their place for good": (
         Planner._update_queues, "self._waiting.insert(0, view)", "pass"),
+    "repeated steps are forgotten when the scheduler is asked": (
+        Planner._end_repeating, "self._steady.settle()", "pass"),
+    "a repeated step that fails lands as if it had not": (Planner.lands_steadily, "if result.errors:", "if False:"),
+    "a full block goes unnoticed while steps repeat": (
+        SteadyDecode._expect_growth, "- row.start", "- row.start + 1"),
+    "new blocks are kept from the device while steps repeat": (
+        SteadyDecode._grow, "for row in rows])", "for row in ()])"),
+    "who has left goes on in repeated steps": (SteadyDecode.leave, "self._gone.add(request)", "pass"),
+    "repeated steps run past a request's length": (
+        SteadyDecode.plan, "self._to_stop.get(self._num_planned, ())", "()"),
+    "nobody ends while steps repeat": (SteadyDecode.full_length, "self._to_stop.get(self._num_landed, ())", "()"),
+    "repeated steps pin no blocks": (SteadyDecode._settle, "request.last_step_id =", "_ ="),
+    "repeated steps publish too much": (
+        SteadyDecode._settle, "num_landed - row.num_landed", "num_planned - row.num_landed"),
+    "stop tokens are not heard while steps repeat": (
+        Engine._take_in_steadily, "not self._stop_ids.isdisjoint(token_ids)", "False"),
+    "results of an earlier stay are heard while steps repeat": (
+        Engine._take_in_steadily, "request.epoch != crew.lineup.epochs[row]", "False"),
 }  # fmt: skip
 
 BATCHING: dict[str, Bug] = {

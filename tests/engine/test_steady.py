@@ -1,0 +1,133 @@
+"""Steps that repeat: the very plans and outputs that asking the scheduler for every step would give, at less cost."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+
+from llmkit.batching import ContinuousBatching
+from llmkit.engine.engine import Engine
+from llmkit.engine.planner import Planner
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.interfaces.clock import VirtualClock
+from llmkit.rows import DecodeRows
+from llmkit.testing import FakeExecutor
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.worlds import VOCAB_SIZE, World, draw_world
+from llmkit.types import Request, SamplingParams, StepPlan
+from llmkit_caches.contiguous import ContiguousCache
+from llmkit_caches.paged import PagedCache
+
+
+class Asked(ContinuousBatching):
+    """Wants to be asked for every step."""
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        return False
+
+
+class Chunked(ContinuousBatching):
+    """Overrides a choice, so it is asked."""
+
+    def chunk(self, request: Any, step: Any) -> int:
+        return super().chunk(request, step)
+
+
+def engine_of(world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int) -> Engine:
+    planner = Planner(build_scheduler(scheduler, world.scheduler_options, {}), build_cache(cache, world.spec, {}))
+    executor = FakeExecutor(world.spec.block_size, VOCAB_SIZE, world.faults)
+    return Engine(planner, executor, world.limits, VirtualClock(), depth=depth)
+
+
+def play(
+    world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int
+) -> tuple[list[Any], int]:
+    """What every step planned and brought, and how many of them repeated the one before. Nobody looks in between."""
+    engine, events, seen, num_repeated = engine_of(world, scheduler, cache, depth), deque(world.events), [], 0
+    while events or engine.has_unfinished:
+        now = int(engine.clock.now())
+        while events and events[0].at <= now:
+            event = events.popleft()
+            if event.request is not None:
+                one = event.request
+                params, hint = one.sampling_params, one.length_hint
+                engine.add(Request(one.request_id, list(one.token_ids), params, length_hint=hint, seed=one.seed))
+            else:
+                engine.abort([event.request_id])
+        num_steps = engine.executor.num_steps  # type: ignore[attr-defined]
+        outputs = engine.step()
+        plan = engine.executor.history[-1] if engine.executor.num_steps > num_steps else None  # type: ignore[attr-defined]
+        num_repeated += plan is not None and isinstance(plan.scheduled, DecodeRows)
+        seen.append((_told(plan), outputs, engine.planner.allocator.stats(), engine.planner.num_running))
+        engine.clock.advance(1.0)  # type: ignore[attr-defined]
+    return seen, num_repeated
+
+
+def _told(plan: StepPlan | None) -> Any:
+    return plan and (plan.step_id, list(plan.scheduled), plan.admissions, plan.edits, plan.num_tokens)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("cache", [PagedCache, ContiguousCache])
+def test_repeated_steps_are_those_that_asking_would_give(cache: type[CacheAllocator], depth: int) -> None:
+    num_repeated = 0
+    for seed in range(60):
+        world = draw_world(seed)
+        steps, num = play(world, ContinuousBatching, cache, depth)
+        asked, none = play(world, Asked, cache, depth)
+        assert none == 0
+        assert len(steps) == len(asked)
+        for number, (got, wanted) in enumerate(zip(steps, asked, strict=True)):
+            assert got == wanted, f"seed {seed}, step {number}"
+        num_repeated += num
+    assert num_repeated > 500
+
+
+def test_a_scheduler_that_makes_choices_of_its_own_is_asked() -> None:
+    assert all(play(draw_world(seed), Chunked, PagedCache, 1)[1] == 0 for seed in range(10))
+
+
+def steady_engine(num_requests: int = 3, **params: Any) -> Engine:
+    world = World(0, draw_world(0).spec, {"max_num_seqs": 8, "max_num_batched_tokens": 30}, [], {})
+    engine = engine_of(world, ContinuousBatching, PagedCache, 1)
+    for number in range(num_requests):
+        engine.add(Request(str(number), [1, 2], SamplingParams(**{"max_tokens": 12, "ignore_eos": True} | params)))
+    return engine
+
+
+def test_counters_are_brought_up_to_date_when_somebody_looks() -> None:
+    engine = steady_engine()
+    request = engine.planner.requests["0"]
+    for _ in range(6):
+        engine.step()
+    assert len(request.token_ids) == 2 + 5 and request.num_tokens < 2 + 5, "they lag behind"
+    engine.planner.settle()
+    assert (request.num_tokens, request.num_computed_tokens, request.num_in_flight_tokens) == (7, 6, 1)
+    assert (request.num_pending_samples, request.num_service_tokens, request.last_step_id) == (1, 7, 5)
+    engine.planner.settle()
+    assert (request.num_tokens, request.num_computed_tokens, request.num_service_tokens) == (7, 6, 7)
+
+
+def test_rows_that_decode_together_share_their_columns() -> None:
+    engine = steady_engine()
+    plans: list[StepPlan] = []
+    for _ in range(5):
+        engine.step()
+        plans.append(engine.executor.history[-1])  # type: ignore[attr-defined]
+    rows = [plan.scheduled for plan in plans[1:]]
+    assert all(isinstance(one, DecodeRows) for one in rows)
+    assert len({id(one.lineup) for one in rows if isinstance(one, DecodeRows)}) == 1
+    assert [one[0].start for one in rows] == [2, 3, 4, 5]
+    assert [row.request_id for row in rows[0]] == ["0", "1", "2"] and rows[0][1:] == tuple(rows[0])[1:]
+
+
+def test_a_newcomer_ends_the_repetition_at_once() -> None:
+    engine = steady_engine()
+    for _ in range(4):
+        engine.step()
+    engine.add(Request("new", [1, 2, 3], SamplingParams(max_tokens=3)))
+    engine.step()
+    plan = engine.executor.history[-1]  # type: ignore[attr-defined]
+    assert [(row.request_id, row.num_tokens) for row in plan.scheduled] == [("0", 1), ("1", 1), ("2", 1), ("new", 3)]
