@@ -43,8 +43,8 @@ class ContinuousBatching(Scheduler):
         self._max_chunk = getattr(settings, "max_chunk_tokens", 0) or UNLIMITED
         self._preempted: set[RequestView] = set()
         self._is_empty = True
-        self._runs_all = self._has_default("schedule", "order_running", "chunk")
-        self._admits_in_order = self._has_default("order_waiting", "admit", "outranks")
+        self._runs_all = self._has_default("schedule", "order_running", "chunk", "_continue")
+        self._admits_in_order = self._has_default("order_waiting", "admit", "outranks", "_admit")
 
     # The choices -----------------------------------------------------------------------------------------------
 

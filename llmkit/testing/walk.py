@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from llmkit.engine.engine import Engine
 from llmkit.engine.planner import Planner
-from llmkit.engine.progress import StepOutput
+from llmkit.engine.progress import Progress, StepOutput
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.clock import VirtualClock
 from llmkit.interfaces.scheduler import Scheduler
@@ -108,7 +108,8 @@ class Walk:
     def _add(self, request: Request) -> None:
         request, limits = replace(request, token_ids=list(request.token_ids)), self.world.limits
         tokens, reason = continuation(request, limits.vocab_size, limits.eos_token_ids, limits.max_model_len)
-        self.engine.add(request)
+        streams = bool(request.num_prompt_tokens % 2)  # some report every token, some only at their end
+        self.engine.add(request, Progress(request, limits.eos_token_ids, streams=streams))
         self._expected[request.request_id].append(_Expected(request, tokens, reason))
 
     def _abort(self, request_id: str) -> None:

@@ -9,14 +9,16 @@ import pytest
 
 from llmkit.batching import ContinuousBatching
 from llmkit.engine.engine import Engine
+from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
-from llmkit.interfaces.cache import CacheAllocator
+from llmkit.engine.progress import Progress
+from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import VirtualClock
 from llmkit.rows import DecodeRows
 from llmkit.testing import FakeExecutor
 from llmkit.testing.schedulers import build_cache, build_scheduler
-from llmkit.testing.worlds import VOCAB_SIZE, World, draw_world
-from llmkit.types import Request, SamplingParams, StepPlan
+from llmkit.testing.worlds import World, draw_world
+from llmkit.types import FinishReason, Request, SamplingParams, StepPlan
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
 
@@ -37,7 +39,7 @@ class Chunked(ContinuousBatching):
 
 def engine_of(world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int) -> Engine:
     planner = Planner(build_scheduler(scheduler, world.scheduler_options, {}), build_cache(cache, world.spec, {}))
-    executor = FakeExecutor(world.spec.block_size, VOCAB_SIZE, world.faults)
+    executor = FakeExecutor(world.spec.block_size, world.limits.vocab_size, world.faults)
     return Engine(planner, executor, world.limits, VirtualClock(), depth=depth)
 
 
@@ -53,7 +55,8 @@ def play(
             if event.request is not None:
                 one = event.request
                 params, hint = one.sampling_params, one.length_hint
-                engine.add(Request(one.request_id, list(one.token_ids), params, length_hint=hint, seed=one.seed))
+                one = Request(one.request_id, list(one.token_ids), params, length_hint=hint, seed=one.seed)
+                engine.add(one, Progress(one, world.limits.eos_token_ids, streams=bool(one.seed % 2)))
             else:
                 engine.abort([event.request_id])
         num_steps = engine.executor.num_steps  # type: ignore[attr-defined]
@@ -90,7 +93,8 @@ def test_a_scheduler_that_makes_choices_of_its_own_is_asked() -> None:
 
 
 def steady_engine(num_requests: int = 3, **params: Any) -> Engine:
-    world = World(0, draw_world(0).spec, {"max_num_seqs": 8, "max_num_batched_tokens": 30}, [], {})
+    limits = EngineLimits(50, 64, frozenset({7}))
+    world = World(0, CacheSpec(24, 4), {"max_num_seqs": 8, "max_num_batched_tokens": 30}, [], limits)
     engine = engine_of(world, ContinuousBatching, PagedCache, 1)
     for number in range(num_requests):
         engine.add(Request(str(number), [1, 2], SamplingParams(**{"max_tokens": 12, "ignore_eos": True} | params)))
@@ -131,3 +135,16 @@ def test_a_newcomer_ends_the_repetition_at_once() -> None:
     engine.step()
     plan = engine.executor.history[-1]  # type: ignore[attr-defined]
     assert [(row.request_id, row.num_tokens) for row in plan.scheduled] == [("0", 1), ("1", 1), ("2", 1), ("new", 3)]
+
+
+def test_tokens_sampled_beyond_an_end_reach_nobody() -> None:
+    engine = steady_engine(stop_token_ids=tuple(range(0, 50, 5)), max_tokens=40)
+    requests = dict(engine.planner.requests)
+    completions = {}
+    while engine.has_unfinished:
+        completions |= {output.request_id: output.completion for output in engine.step()}
+    for name, request in requests.items():
+        completion = completions[name]
+        assert completion is not None and completion.finish_reason is FinishReason.STOP
+        assert tuple(request.output_token_ids) == completion.token_ids
+        assert request.num_tokens == len(request.token_ids)
