@@ -71,8 +71,9 @@ def build_engine(
     inputs = InputBuilder(max_num_seqs, max_model_len, block_size)
     # One slot more than there are requests: rows that only fill a decode graph up live there.
     tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=device)
-    graphs = _graphs(network, backend, tokens, inputs) if settings.graphs and device.type == "cuda" else None
-    executor = TorchExecutor(network, backend, Sampler(vocab_size, max_num_seqs, device, eos), inputs, tokens, graphs)
+    sampler = Sampler(vocab_size, max_num_seqs, device, eos)
+    graphs = _graphs(network, backend, sampler, tokens, inputs) if settings.graphs and device.type == "cuda" else None
+    executor = TorchExecutor(network, backend, sampler, inputs, tokens, graphs)
     bound_by = "the cache" if max_model_len < reach else "the model"
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
@@ -82,10 +83,13 @@ def build_engine(
 
 @torch.inference_mode()
 def _graphs(
-    network: Network, backend: AttentionBackend, tokens: torch.Tensor, inputs: InputBuilder
+    network: Network, backend: AttentionBackend, sampler: Sampler, tokens: torch.Tensor, inputs: InputBuilder
 ) -> DecodeGraphs | None:
     """Captured decode graphs, or None with the reason logged where backend or model cannot be captured."""
-    graphs = DecodeGraphs(network, backend, tokens, inputs.block_tables)
+    if sampler.on_device is None:
+        log.info("without triton decode runs without CUDA graphs")
+        return None
+    graphs = DecodeGraphs(network, backend, sampler.on_device.choose, tokens, inputs.block_tables)
     if not graphs.is_supported():
         log.info("attention %s runs without CUDA graphs", type(backend).__name__)
         return None

@@ -1,9 +1,10 @@
-"""Decode steps as CUDA graphs: inputs by row, network, argmax and the write of the new tokens, in one replay."""
+"""Decode steps as CUDA graphs: inputs by row, network, sampler and the write of the new tokens, in one replay."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from llmkit.types import StepPlan
 
 log = logging.getLogger(__name__)
 
+Choose = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`DeviceSampler.choose`: logits, slots, positions and the token table -> token ids and values."""
 MAX_ROWS = 1024
 SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -42,7 +45,8 @@ class _Captured:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A replayed step, valid until the next one: `logits` [R, vocab], their argmax int64 [R] and maximum [R]."""
+    """A replayed step, valid until the next one: `logits` [R, vocab], and the plain choice from them, `token_ids` int64
+    [R] and `values` [R], finite where there was something to choose from."""
 
     logits: Tensor
     token_ids: Tensor
@@ -56,10 +60,16 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, network: Network, backend: AttentionBackend, tokens: Tensor, block_tables: NDArray[np.int32]
+        self,
+        network: Network,
+        backend: AttentionBackend,
+        choose: Choose,
+        tokens: Tensor,
+        block_tables: NDArray[np.int32],
     ) -> None:
         """`tokens` int64 [max_num_seqs + 1, max_model_len + 1]; `block_tables` the host's, [max_num_seqs, width]."""
         self._network = network
+        self._choose = choose
         self._backend = backend
         self._tokens = tokens
         self._spare = len(block_tables)
@@ -139,12 +149,11 @@ class DecodeGraphs:
         return _Captured(graph, inputs, logits, token_ids, values)
 
     def _step(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slots, positions = inputs[0], inputs[1]
+        slots, positions, _, seq_lens = inputs.unbind()
         batch = self._batch(inputs)
         self._backend.plan(batch)
         logits = self._network(self._tokens[slots, positions], positions, batch.query_start_loc[:-1].long())
-        values, token_ids = logits.max(dim=-1)
-        self._tokens[slots, positions + 1] = token_ids
+        token_ids, values = self._choose(logits, slots, seq_lens, self._tokens)
         return logits, token_ids, values
 
     def _batch(self, inputs: Tensor) -> AttentionBatch:

@@ -87,11 +87,11 @@ class TorchExecutor:
         return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
-        """A decode step in one graph; rows that ask for more than the argmax are sampled from its logits."""
+        """A decode step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""
         decoded = graphs.run(plan)
         rows = plan.scheduled
         slots, ends = [row.slot for row in rows], [row.start + 1 for row in rows]
-        if self.sampler.takes_argmax(slots, ends):
+        if self.sampler.is_plain(slots, ends):
             sampled = Sampled(decoded.token_ids, decoded.values)
         else:
             sampled = self._choose(decoded.logits, slots, ends)

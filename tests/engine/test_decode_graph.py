@@ -10,6 +10,7 @@ import torch
 from llmkit import LLM, SamplingParams
 from llmkit.engine.decode_graph import MAX_ROWS, buckets_up_to
 from llmkit.model.loading import LoadedModel, load_model
+from llmkit.model.sampling import Sampler
 from llmkit.model.spec import ModelSpec
 
 CONFIG = {
@@ -55,3 +56,15 @@ def test_rows_that_sample_or_ask_for_more(model: LoadedModel) -> None:
     asks = [{}, {"temperature": 0.8, "seed": 3}, {"logprobs": 2}, {"min_tokens": 5}, {"repetition_penalty": 1.3}]
     params = [SamplingParams(max_tokens=12, **({"temperature": 0.0} | ask)) for ask in asks]  # type: ignore[arg-type]
     assert generate(model, 5, params, depth=1) == generate(model, 5, params, graphs=False, depth=0)
+
+
+@pytest.mark.cuda
+def test_rows_that_only_draw_are_chosen_in_the_graph(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each samples one token eagerly, its prompt's; they join one after the other, so that batches change."""
+    params = [SamplingParams(max_tokens=20, temperature=0.5 * row, seed=row, ignore_eos=True) for row in range(6)]
+    wanted = generate(model, 6, params, graphs=False, depth=0)
+    calls: list[int] = []
+    sample = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda *given: (calls.append(1), sample(*given))[1])
+    assert generate(model, 6, params, depth=1) == wanted
+    assert len(calls) <= 6

@@ -8,12 +8,14 @@ from tests.kernels.running import INTERPRETED, run_cases
 
 ATTENTION = "tests/attention/flash_cases.py"
 LAYERS = "tests/model/layer_kernel_cases.py"
+SAMPLER = "tests/model/device_sampler_cases.py"
+SAMPLE = "layer_kernel_cases or (head_dimensions and 128) or (device_sampler_cases and not softmax)"
 
 
 def test_a_sample_in_the_interpreter() -> None:
-    run_cases(ATTENTION, LAYERS, select="layer_kernel_cases or (head_dimensions and 128)", environment=INTERPRETED)
+    run_cases(ATTENTION, LAYERS, SAMPLER, select=SAMPLE, environment=INTERPRETED)
 
 
 @pytest.mark.slow
 def test_all_in_the_interpreter() -> None:
-    run_cases(ATTENTION, LAYERS, environment=INTERPRETED)
+    run_cases(ATTENTION, LAYERS, SAMPLER, environment=INTERPRETED)

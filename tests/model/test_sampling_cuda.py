@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from llmkit.model.sampling import Sampler
+from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.sampling.draw import draw, most_likely
 from llmkit.model.sampling.nucleus import Filters, draw_filtered
 from llmkit.types import SamplingParams
+from tests.kernels.running import run_cases
 from tests.model.chisquare import deviation
 
 pytestmark = pytest.mark.cuda
@@ -116,6 +118,32 @@ def test_draws_can_be_captured_and_replayed_with_new_noise(gpu: torch.device) ->
     given.copy_(second)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+def test_kernels() -> None:
+    run_cases("tests/model/device_sampler_cases.py")
+
+
+def test_kernels_can_be_captured_and_replayed_for_other_rows(gpu: torch.device) -> None:
+    made, rows = DeviceSampler(50257, 9, gpu), 8
+    for slot in range(rows):
+        made.set_slot(slot, 0.4 * slot, 12345 * slot)
+    logits = torch.randn(rows, 50257, generator=torch.Generator().manual_seed(1)).to(gpu, torch.bfloat16)
+    tokens = torch.zeros(9, 64, dtype=torch.int64, device=gpu)
+    slots, positions = torch.arange(rows, device=gpu), torch.full((rows,), 3, device=gpu)
+    made.choose(logits, slots, positions, tokens)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token_ids, values = made.choose(logits, slots, positions, tokens)
+    for shift in (0, 1, 5):
+        slots.copy_((torch.arange(rows, device=gpu) + shift) % rows)
+        positions.copy_(torch.arange(rows, device=gpu) + shift)
+        made.set_slot(shift, 0.9, 7)
+        graph.replay()
+        wanted, _ = made.choose(logits, slots, positions)
+        assert torch.equal(token_ids, wanted) and torch.equal(tokens[slots, positions], wanted)
+        assert values.isfinite().all()
 
 
 def test_draws_follow_the_softmax(gpu: torch.device) -> None:

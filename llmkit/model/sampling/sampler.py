@@ -3,12 +3,15 @@
 Order of operations, per row: logit bias; masks (allowed, bad, and end tokens before `min_tokens`); penalties
 (repetition, then frequency and presence); temperature; top-k; top-p; min-p; draw. Up to the temperature that is
 vLLM's order, from there on transformers'. Rows that ask for nothing pay for nothing: the host knows every row's
-parameters, so an all-greedy batch is one argmax, and plain temperature one softmax and one sum.
+parameters, so an all-greedy batch is one argmax, and plain temperature one softmax and one sum. On an NVIDIA GPU plain
+rows and plain draws are those of `device_sampler`, so that a CUDA graph may choose them without a different outcome.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +41,7 @@ class Sampler:
         self._width = -(-vocab_size // self._block_size) * self._block_size
         self._device = device
         self._eos_token_ids = eos_token_ids
+        self.on_device = device_sampler(vocab_size, max_num_seqs, device)
         self._slots: list[Slot | None] = [None] * max_num_seqs
         self._with_min_tokens: set[int] = set()
         self._planner = Planner(vocab_size, self._width, device)
@@ -50,7 +54,9 @@ class Sampler:
         `seed` is the request's own, below 2**64. Raises RequestError if `params` names a token outside the vocabulary.
         """
         edits = SlotEdits.of(params, self._vocab_size, self._eos_token_ids, self._device)
-        self._slots[slot] = Slot(params, noise_key(seed), num_prompt_tokens, edits)
+        state = self._slots[slot] = Slot(params, noise_key(seed), num_prompt_tokens, edits)
+        if self.on_device is not None:
+            self.on_device.set_slot(slot, 0.0 if state.is_greedy else params.temperature, state.key)
         (self._with_min_tokens.add if params.min_tokens else self._with_min_tokens.discard)(slot)
         self._plan = None
 
@@ -61,6 +67,8 @@ class Sampler:
         [max_num_seqs, max_len] the history by slot, valid below `positions[i]`. Nothing is read back from the device.
         """
         logits = logits.contiguous()
+        if self._runs_kernels(logits) and self.is_plain(slots, positions):
+            return Sampled(*self._choose(logits, slots, positions))
         plan = self._plan_for(slots, positions)
         parts = [(group, most_likely(self._rows(group, logits, positions, tokens))) for group in plan.greedy]
         parts += [(draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws]
@@ -70,10 +78,11 @@ class Sampler:
         logprobs = compute_logprobs(logits[plan.logprob_index], token_ids[plan.logprob_index], max(plan.tops))
         return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops)
 
-    def takes_argmax(self, slots: list[int], positions: list[int]) -> bool:
-        """Whether `sample` would be no more than an argmax for these rows: all greedy, unedited, without logprobs."""
+    def is_plain(self, slots: list[int], positions: list[int]) -> bool:
+        """Whether rows ask for no more than greedy tokens or draws at a temperature: no edits, filters or logprobs."""
         plan = self._plan_for(slots, positions)
-        return not plan.draws and not plan.logprob_rows and all(group.is_plain for group in plan.greedy)
+        is_unfiltered = all(draws.filters is None and draws.group.is_plain for draws in plan.draws)
+        return is_unfiltered and not plan.logprob_rows and all(group.is_plain for group in plan.greedy)
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Tensor, top: int) -> tuple[TokenLogprobs, ...]:
         """Log-probabilities of `token_ids` [N] under raw `logits` [N, V], and each row's `top` most likely tokens."""
@@ -101,6 +110,11 @@ class Sampler:
         return state
 
     def _draw(self, draws: Draws, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if draws.filters is None and self._runs_kernels(logits):
+            rows = self._rows(draws.group, logits, positions, tokens)
+            slots = self._planned_for[0]
+            chosen = draws.group.rows
+            return self._choose(rows, [slots[row] for row in chosen], [positions[row] for row in chosen])
         here = np.array([positions[row] for row in draws.group.rows], dtype=np.uint64)
         noise = to_device(torch.from_numpy(uniforms(draws.keys, here)), self._device)
         rows = self._rows(draws.group, logits, positions, tokens)
@@ -114,6 +128,14 @@ class Sampler:
         if draws.filters is not None:
             return draw_filtered(scaled, draws.filters, noise[0])
         return draw(scaled, noise, self._block_size, self._vocab_size)
+
+    def _runs_kernels(self, logits: Tensor) -> bool:
+        return self.on_device is not None and logits.dtype is not torch.float64
+
+    def _choose(self, logits: Tensor, slots: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
+        places = to_device([slots, positions], self._device, torch.int64)
+        chosen: tuple[Tensor, Tensor] = self.on_device.choose(logits, places[0], places[1])
+        return chosen
 
     def _rows(self, group: Group, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> Tensor:
         """The group's logits: [G, V] as they came, or an edited copy [G, W]."""
@@ -135,6 +157,15 @@ class Sampler:
         if self._width > self._vocab_size:
             room[:, self._vocab_size :] = -torch.inf
         return room
+
+
+def device_sampler(vocab_size: int, max_num_seqs: int, device: torch.device) -> Any:
+    """The `DeviceSampler` of all slots and the spare one behind them; None where its kernels cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from llmkit.model.sampling.device_sampler import DeviceSampler
+
+    return DeviceSampler(vocab_size, max_num_seqs + 1, device)
 
 
 def _merge(
