@@ -4,8 +4,9 @@ python benchmarks/host_time.py                      # the table: rows of the bat
 python benchmarks/host_time.py --rows 256 --profile # where it goes
 
 `plan` is the scheduler and the planner, `land` taking in the step before; what the executor itself does is not in it.
-`ending` is a whole batch from first prompt to last token with lengths of its own for every request (as in `nano256`),
-so requests end all the time: everything, admission included, over the number of steps.
+`streamed` is a step whose every token is reported at once, as `LLM.stream` wants it and `LLM.generate` does not.
+`ending` is a whole batch from first prompt to last token with lengths of its own for every request, as in `nano256`:
+requests end all the time, and everything, admission included, counts, over the number of steps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
+from llmkit.engine.progress import Progress
 from llmkit.interfaces.cache import CacheSpec
 from llmkit.types import Request, SamplingParams, StepPlan, StepResult
 from llmkit_caches.paged import PagedCache
@@ -72,17 +74,20 @@ def build(num_rows: int, block_size: int) -> Engine:
     return Engine(planner, Instant(), EngineLimits(VOCAB_SIZE, MAX_MODEL_LEN, frozenset({2})), depth=1)
 
 
-def add(engine: Engine, num_rows: int, max_tokens: Callable[[], int]) -> None:
+def add(engine: Engine, num_rows: int, max_tokens: Callable[[], int], streams: bool = False) -> None:
     """Queue prompts of different lengths, so that blocks fill up at different steps."""
     for number in range(num_rows):
         params = SamplingParams(max_tokens=max_tokens(), **GREEDY)
-        engine.add(Request(str(number), [1] * (100 + 37 * number % 97), params))
+        request = Request(str(number), [1] * (100 + 37 * number % 97), params)
+        engine.add(request, Progress(request, engine.limits.eos_token_ids, streams=streams))
 
 
-def steady(num_rows: int, block_size: int, num_steps: int, profile: cProfile.Profile | None) -> list[float]:
+def steady(
+    num_rows: int, block_size: int, num_steps: int, streams: bool = False, profile: cProfile.Profile | None = None
+) -> list[float]:
     """Median microseconds of a decode step: in all, to plan it, to launch it, to land it."""
     engine = build(num_rows, block_size)
-    add(engine, num_rows, lambda: MAX_MODEL_LEN)
+    add(engine, num_rows, lambda: MAX_MODEL_LEN, streams)
     for _ in range(20):
         engine.step()
     if profile is not None:
@@ -117,11 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="print what takes longest")
     options = parser.parse_args(arguments)
     profile = cProfile.Profile() if options.profile else None
-    print("| rows | us a step | plan | launch | land | ending, us a step |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| rows | us a step | plan | launch | land | streamed | ending |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
     for num_rows in options.rows:
-        figures = steady(num_rows, options.block_size, options.steps, profile)
-        numbers = " | ".join(f"{figure:.1f}" for figure in (*figures, ending(num_rows, options.block_size)))
+        figures = steady(num_rows, options.block_size, options.steps, profile=profile)
+        streamed, *_ = steady(num_rows, options.block_size, options.steps, streams=True)
+        rest = streamed, ending(num_rows, options.block_size)
+        numbers = " | ".join(f"{figure:.1f}" for figure in (*figures, *rest))
         print(f"| {num_rows} | {numbers} |", flush=True)
     if profile is not None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(15)

@@ -220,7 +220,7 @@ class LLM:
                 request = Request(f"{number}-{index}", list(token_ids), params, arrival_time=now, seed=seed)
                 check_request(request, self.engine.limits)  # a tokenizer does not survive ids out of its range
                 detokenizer = self._detokenizer(token_ids, params)
-                progress = Progress(request, self.engine.limits.eos_token_ids, detokenizer, index)
+                progress = Progress(request, self.engine.limits.eos_token_ids, detokenizer, index, collector.streams)
                 self.engine.add(request, progress)
                 progresses.append(progress)
         except (RequestError, ModelError) as error:

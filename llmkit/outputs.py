@@ -34,7 +34,7 @@ class Collector:
     """The prompts of one call, in order, and what has come back of them; if it `streams`, also piece by piece."""
 
     def __init__(self, streams: bool = False) -> None:
-        self._streams = streams
+        self.streams = streams
         self._increments: deque[StreamOutput] = deque()
         self._prompts: list[_Expected] = []
         self._open: dict[str, tuple[int, int]] = {}
@@ -58,7 +58,7 @@ class Collector:
         """The next prompt cannot run."""
         metrics = RequestMetrics(arrival_time=now, finished_time=now)
         completions = {i: Completion(i, "", (), FinishReason.ERROR, None, metrics, error) for i in range(n)}
-        if self._streams:
+        if self.streams:
             number = len(self._prompts)
             self._increments.extend(StreamOutput(number, i, (), "", FinishReason.ERROR, error) for i in range(n))
         self._prompts.append(_Expected(prompt, token_ids, (), completions))
@@ -71,7 +71,7 @@ class Collector:
         if output.completion is not None:
             del self._open[output.request_id]
             self._prompts[where[0]].completions[where[1]] = output.completion
-        if self._streams:
+        if self.streams:
             tokens, text, reason = output.token_ids, output.text, output.finish_reason
             self._increments.append(StreamOutput(*where, tokens, text, reason, output.error))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pluggy
 
@@ -122,21 +122,11 @@ class Engine:
             self._take_in(step.plan, result, landed_at)
             return
         planner, cache = self.planner, self.planner.allocator.stats()
-        event = StepEvent(
-            step.plan,
-            step.planned_at,
-            step.launched_at,
-            landed_at,
-            landed_at,
-            {},
-            planner.num_running,
-            planner.num_waiting,
-            cache,
-            cache.num_used_blocks * planner.allocator.spec.block_size,
-            planner.num_unwritten_slots,
-        )
+        before = planner.num_running, planner.num_waiting, cache
+        slots = cache.num_used_blocks * planner.allocator.spec.block_size, planner.num_unwritten_slots
         new_tokens = self._take_in(step.plan, result, landed_at)
-        self.hooks.llmkit_step_finished(event=replace(event, new_tokens=new_tokens, finished_at=self.clock.now()))
+        times = step.planned_at, step.launched_at, landed_at, self.clock.now()
+        self.hooks.llmkit_step_finished(event=StepEvent(step.plan, *times, new_tokens, *before, *slots))
 
     def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
         """Take a step's results in; how many tokens each request got."""

@@ -52,12 +52,8 @@ class Planner:
     @property
     def num_unwritten_slots(self) -> int:
         """KV slots that running requests hold but that no launched step has written."""
-        self.settle()
-        block_size = self.allocator.spec.block_size
-        return sum(
-            request.num_blocks * block_size - request.num_computed_tokens - request.num_in_flight_tokens
-            for request in (view._request for view in self._running)
-        )
+        residency = self._residency
+        return residency.num_held_blocks * residency.block_size - residency.num_scheduled_tokens
 
     def add(self, request: Request) -> None:
         """Queue `request` behind the others."""
@@ -136,6 +132,7 @@ class Planner:
             samples = start + num_tokens == request.num_tokens + request.num_pending_samples
             rows.append(ScheduledRequest(request.request_id, request.slot, start, num_tokens, samples, request.epoch))
             request.num_in_flight_tokens += num_tokens
+            self._residency.num_scheduled_tokens += num_tokens
             request.num_service_tokens += num_tokens
             request.num_pending_samples += samples
             request.last_step_id = step_id

@@ -9,13 +9,18 @@ from llmkit.types import BlockTableEdit, Request
 
 
 class Residency:
-    """Lends out slots and blocks, and takes them back only after the last step in flight that names them."""
+    """Lends out slots and blocks, and takes them back only after the last step in flight that names them.
+
+    `num_held_blocks` and `num_scheduled_tokens` (computed or in flight) are those of all requests on the device.
+    """
 
     def __init__(self, allocator: CacheAllocator, max_num_seqs: int) -> None:
         self.allocator = allocator
         self.block_size = allocator.spec.block_size
         self.num_landed_steps = 0
         self.num_reclaiming_blocks = 0
+        self.num_held_blocks = 0
+        self.num_scheduled_tokens = 0
         self._num_stays = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._pinned: deque[tuple[int, Request, int]] = deque()
@@ -28,7 +33,9 @@ class Residency:
         """Cover positions below `upto` with blocks; all or nothing."""
         if not self.allocator.allocate(request, upto):
             return False
-        request.num_blocks = len(self.allocator.block_table(request))
+        num_blocks = len(self.allocator.block_table(request))
+        self.num_held_blocks += num_blocks - request.num_blocks
+        request.num_blocks = num_blocks
         return True
 
     def edit(self, request: Request) -> BlockTableEdit:
@@ -45,6 +52,8 @@ class Residency:
     def leave(self, request: Request) -> int:
         """Take `request` off the device: its results in flight go stale. Returns the blocks free at once."""
         num_blocks, slot = request.num_blocks, request.slot
+        self.num_held_blocks -= num_blocks
+        self.num_scheduled_tokens -= request.num_computed_tokens + request.num_in_flight_tokens
         request.epoch, request.slot = 0, -1
         request.num_blocks = request.num_sent_blocks = 0
         request.num_computed_tokens = request.num_in_flight_tokens = request.num_pending_samples = 0

@@ -85,6 +85,7 @@ class PlannedStep:
         residency.enter(request)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached
+        residency.num_scheduled_tokens += num_cached
         request.num_cached_tokens = max(request.num_cached_tokens, num_cached)
         self.admitted.append(view)
         self.grants[view] = num_tokens

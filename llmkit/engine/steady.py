@@ -38,12 +38,13 @@ class Crew:
     token_ids: list[list[int]]
     lineup: Lineup
     is_whole: bool = True
+    _new_tokens: dict[str, int] | None = None
 
     def new_tokens(self) -> dict[str, int]:
-        """One token for everybody who has not left."""
-        ids = self.lineup.request_ids
+        """One token for everybody who has not left; the same dictionary for all steps as long as nobody does."""
         if self.is_whole:
-            return dict.fromkeys(ids, 1)
+            self._new_tokens = self._new_tokens or dict.fromkeys(self.lineup.request_ids, 1)
+            return self._new_tokens
         pairs = zip(self.requests, self.lineup.epochs, strict=True)
         return {request.request_id: 1 for request, epoch in pairs if request.epoch == epoch}
 
@@ -114,6 +115,7 @@ class SteadyDecode:
         rows = DecodeRows(self._crew.lineup, self._num_planned)
         step_id = self.first_step_id + self._num_planned
         self._num_planned += 1
+        self._residency.num_scheduled_tokens += len(rows)
         self._in_flight.append(self._crew)
         return StepPlan(step_id, rows, (), edits)
 

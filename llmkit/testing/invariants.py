@@ -30,6 +30,9 @@ def check_planner(planner: Planner, in_flight: Iterable[StepPlan]) -> None:
     for request in running:
         _check_running(request, planner, rows[request.request_id, request.epoch])
     _check_residency(planner._residency, running)
+    written = sum(request.num_computed_tokens + request.num_in_flight_tokens for request in running)
+    unwritten = sum(request.num_blocks for request in running) * planner.allocator.spec.block_size - written
+    assert planner.num_unwritten_slots == unwritten, f"{planner.num_unwritten_slots} slots unwritten, not {unwritten}"
 
 
 def check_empty(planner: Planner) -> None:

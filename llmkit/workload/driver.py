@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmkit.engine.engine import Engine
+from llmkit.engine.progress import Progress as RequestProgress
 from llmkit.errors import LlmkitError, RequestError
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.report.progress import Progress
@@ -92,6 +93,7 @@ class _Player:
         self._open: set[str] = set()
         self._idle_since: float | None = None
         self._num_idle = 0
+        self._num_shown = 0
 
     def play(self, interrupt: Interrupt) -> None:
         """Until everything has ended or Ctrl-C."""
@@ -122,23 +124,24 @@ class _Player:
         while self._coming and self._coming[0][0].arrival_time <= now:
             request, index = self._coming.popleft()
             try:
-                self.engine.add(request)
+                ends = RequestProgress(request, self.engine.limits.eos_token_ids, streams=False)
+                self.engine.add(request, ends)
                 self._open.add(request.request_id)
             except RequestError as error:
                 self.played.refusals[index] = str(error)
                 self._recorder.refused(request.request_id, request.arrival_time, request.num_prompt_tokens, str(error))
 
     def _step(self) -> None:
-        num_steps, num_new = len(self._recorder.steps), 0
+        num_steps = self._recorder.num_steps
         outputs = self.engine.step()
         for output in outputs:
-            num_new += len(output.token_ids)
             if output.completion is not None:
                 self._open.discard(output.request_id)
                 self.played.completions[self._index[output.request_id]] = output.completion
         if self._progress is not None:
-            self._progress.advance(num_new)
-        if outputs or len(self._recorder.steps) > num_steps:
+            self._progress.advance(self._recorder.num_new_tokens - self._num_shown)
+            self._num_shown = self._recorder.num_new_tokens
+        if outputs or self._recorder.num_steps > num_steps:
             self._idle_since, self._num_idle = None, 0
         else:
             self._wait_for_scheduler()

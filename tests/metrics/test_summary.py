@@ -41,8 +41,8 @@ def recorded(
 ) -> MetricsRecorder:
     recorder = MetricsRecorder()
     recorder.stop(duration)
-    recorder.requests = {record.request_id: record for record in requests}
-    recorder.steps = steps or []
+    recorder.requests.update({record.request_id: record for record in requests})
+    recorder.steps.extend(steps or [])
     return recorder
 
 
