@@ -114,6 +114,7 @@ class Request:
     num_blocks: int = 0
     num_sent_blocks: int = 0
     num_preemptions: int = 0
+    num_lost_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_service_tokens: int = 0
     slot: int = -1

@@ -29,6 +29,10 @@ class Residency:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
+    @property
+    def num_unowned_blocks(self) -> int:
+        return self.allocator.stats().num_unowned_blocks
+
     def reserve(self, request: Request, upto: int) -> bool:
         """Cover positions below `upto` with blocks; all or nothing."""
         if not self.allocator.allocate(request, upto):
@@ -61,8 +65,9 @@ class Residency:
             self._pinned.append((request.last_step_id, request, slot))
             self.num_reclaiming_blocks += num_blocks
             return 0
+        num_before = self.num_unowned_blocks
         self._give_back(request, slot)
-        return num_blocks
+        return self.num_unowned_blocks - num_before
 
     def is_pinned(self, request: Request) -> bool:
         """Whether blocks of an earlier stay under this id still wait for a step in flight."""

@@ -34,7 +34,7 @@ class PlannedStep:
 
     @property
     def num_free_blocks(self) -> int:
-        return self._residency.allocator.stats().num_free_blocks
+        return self._residency.num_unowned_blocks
 
     @property
     def num_reclaiming_blocks(self) -> int:
@@ -43,8 +43,7 @@ class PlannedStep:
     def num_missing_blocks(self, view: RequestView) -> int:
         """Blocks still to be found before every known token of a request has its place."""
         request = view._request
-        reusable = 0 if request.num_blocks else self._residency.allocator.match(request) // self._block_size
-        return max(0, -(-request.num_tokens // self._block_size) - request.num_blocks - reusable)
+        return self._residency.allocator.num_missing_blocks(request, request.num_tokens)
 
     def run(self, view: RequestView, max_tokens: int) -> Grant | Denied:
         """Grant up to `max_tokens` tokens of a request, admitting it if it waits."""
@@ -86,7 +85,10 @@ class PlannedStep:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached
         residency.num_scheduled_tokens += num_cached
-        request.num_cached_tokens = max(request.num_cached_tokens, num_cached)
+        if not request.num_preemptions:
+            request.num_cached_tokens = num_cached
+        request.num_recomputed_tokens += max(0, request.num_lost_tokens - num_cached)
+        request.num_lost_tokens = 0
         self.admitted.append(view)
         self.grants[view] = num_tokens
         self.num_free_tokens -= num_tokens
@@ -103,7 +105,8 @@ class PlannedStep:
             self.admitted.remove(view)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
-        request.num_recomputed_tokens += request.num_computed_tokens + request.num_in_flight_tokens
+        num_lost = request.num_computed_tokens + request.num_in_flight_tokens
+        request.num_lost_tokens = max(request.num_lost_tokens, num_lost)
         self.preempted.append(view)
         return self._residency.leave(request)
 

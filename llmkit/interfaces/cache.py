@@ -34,6 +34,11 @@ class CacheStats:
     num_cached_blocks: int
     num_free_blocks: int
 
+    @property
+    def num_unowned_blocks(self) -> int:
+        """Blocks that requests can have: free ones, and cached ones, which make room."""
+        return self.num_cached_blocks + self.num_free_blocks
+
 
 class CacheAllocator(ABC):
     """Hands out KV blocks. Only the core calls it, never a scheduler.
@@ -50,16 +55,25 @@ class CacheAllocator(ABC):
     def match(self, request: Request) -> int:
         """Leading tokens of `request` whose KV is already in the cache. Pure; the default knows no reuse.
 
-        The next `allocate` for the request must take those very blocks. Always less than `request.num_tokens`.
+        The next `allocate` for the request must take those very blocks. Always less than `request.num_tokens`, never
+        more than was committed of the same tokens for the same tenant, and 0 for a request that wants log-probabilities
+        of its prompt, because all of that must run.
         """
         return 0
+
+    def num_missing_blocks(self, request: Request, upto: int) -> int:
+        """Blocks, of those that nobody owns, that `allocate(request, upto)` would take at least. Pure."""
+        return max(0, -(-upto // self.spec.block_size) - len(self.block_table(request)))
 
     @abstractmethod
     def allocate(self, request: Request, upto: int) -> bool:
         """Make `block_table(request)` cover positions below `upto`. All or nothing: False changes nothing."""
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
-        """KV below `num_computed_tokens` is now valid and may be published for reuse. Default: nothing to do."""
+        """KV below `num_computed_tokens` is now valid and may be published for reuse. Default: nothing to do.
+
+        It is final: nobody writes there again, whatever is truncated later.
+        """
         return None
 
     @abstractmethod

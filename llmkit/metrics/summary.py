@@ -115,6 +115,7 @@ def engine_numbers(
     num_blocks = [s.num_used_blocks + s.num_cached_blocks + s.num_free_blocks for s in steps]
     started = [record for record in records if record.first_scheduled_time is not None]
     num_prompt = sum(record.num_prompt_tokens for record in started)
+    num_hit = sum(record.num_cached_tokens for record in started)
     on_device = device_share(steps, duration)
     return {
         "num_steps": len(steps),
@@ -126,7 +127,9 @@ def engine_numbers(
         "kv_waste": _weighted_share(
             [s.num_unwritten_slots for s in steps], [s.num_reserved_slots for s in steps], steps
         ),
-        "prefix_hit_rate": _share(sum(record.num_cached_tokens for record in started), num_prompt),
+        "prefix_hit_tokens": num_hit,
+        "prefix_queried_tokens": num_prompt,
+        "prefix_hit_rate": _share(num_hit, num_prompt),
         "host_us_per_step": host_seconds(steps) / len(steps) * 1e6 if steps else None,
         "gpu_idle": None if device == "cpu" or on_device is None else 1.0 - on_device,
     }

@@ -56,7 +56,10 @@ def overview(result: Mapping[str, Any]) -> Rows:
         ("most requests at once", number(result["max_concurrent_requests"])),
         ("preemptions", f"{result['num_preemptions']}, recompute tax {percent(result['recompute_tax'])}"),
         ("KV cache", f"{percent(result['kv_utilisation'])} in use, {percent(result['kv_waste'])} of it not written"),
-        ("prefix hit rate", percent(result["prefix_hit_rate"])),
+        (
+            "prefix hits",
+            f"{percent(result['prefix_hit_rate'])} of {number(result['prefix_queried_tokens'])} prompt tokens",
+        ),
         ("host time", number(result["host_us_per_step"], "us per step")),
     ]
     if result["gpu_idle"] is not None:

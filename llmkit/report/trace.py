@@ -57,7 +57,12 @@ def _step(step: StepRecord, landed_before: float, start: float) -> Iterator[Even
     begin = max(step.launched_at, landed_before) - start
     counts = {"rows": step.num_rows, "tokens": step.num_tokens, "recomputed": step.num_recomputed_tokens}
     yield _slice(f"step {step.step_id}", ENGINE, STEP_TRACK, begin, step.landed_at - start, **counts)
-    counters = {"running": step.num_running, "waiting": step.num_waiting, "blocks used": step.num_used_blocks}
+    counters = {
+        "running": step.num_running,
+        "waiting": step.num_waiting,
+        "blocks used": step.num_used_blocks,
+        "blocks cached": step.num_cached_blocks,
+    }
     for name, value in counters.items():
         yield {"ph": "C", "name": name, "pid": ENGINE, "ts": round(begin * 1e6, 3), "args": {name: value}}
 

@@ -47,7 +47,8 @@ def audit(cache: type[CacheAllocator], seed: int, options: Mapping[str, Any], nu
     random = Random(seed)
     spec = CacheSpec(random.randint(4, 24), random.choice((1, 2, 3, 4, 8)))
     ledger = Ledger(build_cache(cache, spec, options))
-    requests = [draw_request(random, str(number), number, 0, spec) for number in range(random.randint(1, 6))]
+    earlier: list[list[int]] = []
+    requests = [draw_request(random, str(n), n, 0, spec, earlier=earlier) for n in range(random.randint(1, 6))]
     for request in requests:
         request.max_num_tokens = min(request.max_num_tokens, spec.num_slots)
     try:

@@ -17,6 +17,7 @@ class Ledger:
         self.block_size = cache.spec.block_size
         self.tables: dict[str, list[int]] = {}
         self._requests: dict[str, Request] = {}
+        self._contents: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.num_refusals = 0
 
     def table(self, request: Request) -> list[int]:
@@ -28,13 +29,16 @@ class Ledger:
         before = self.cache.stats(), self.cache.census()
         num_cached = self.cache.match(request)
         num_tokens = request.num_tokens
-        assert 0 <= num_cached < num_tokens, f"match says {num_cached} of {num_tokens} tokens are cached"
+        most = 0 if request.sampling_params.prompt_logprobs is not None else num_tokens - 1
+        assert 0 <= num_cached <= most, f"match says {num_cached} of {num_tokens} tokens are cached, at most {most} may"
         assert (self.cache.stats(), self.cache.census()) == before, "match changed the cache"
         return num_cached
 
     def allocate(self, request: Request, upto: int) -> bool:
         """All or nothing; what is held already stays in place; an empty pool never refuses what fits it."""
         held, before = self.table(request), self._snapshot()
+        num_cached, num_unowned = 0 if held else self.match(request), self.cache.stats().num_unowned_blocks
+        num_missing = self.cache.num_missing_blocks(request, upto)
         is_granted = self.cache.allocate(request, upto)
         table = list(self.cache.block_table(request))
         what = f"allocate({request.request_id}, {upto}) of blocks {held}"
@@ -42,7 +46,10 @@ class Ledger:
             reach = len(table) * self.block_size
             assert reach >= upto, f"{what} was granted, but {table} reaches {reach} tokens"
             assert table[: len(held)] == held, f"{what} moved blocks: {table}"
+            num_taken = num_unowned - self.cache.stats().num_unowned_blocks
+            assert num_taken >= num_missing, f"{what} took {num_taken} blocks, but {num_missing} were missing"
             self.tables[request.request_id], self._requests[request.request_id] = table, request
+            self._check_reuse(request, len(held), num_cached)
         else:
             self.num_refusals += 1
             assert table == held and self._snapshot() == before, f"{what} was refused, but left {table}"
@@ -54,6 +61,9 @@ class Ledger:
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         """Publishing computed tokens moves no block of anybody."""
         self.cache.commit(request, num_computed_tokens)
+        for index, block in enumerate(self.table(request)):
+            end = min((index + 1) * self.block_size, num_computed_tokens)
+            self._contents[block] = request.tenant, tuple(request.token_ids[:end])
         self.check()
 
     def truncate(self, request: Request, upto: int) -> None:
@@ -101,6 +111,19 @@ class Ledger:
             end = (self.tables[request_id].index(block) + 1) * self.block_size
             prefixes.add((end, tuple(self._requests[request_id].token_ids[:end])))
         assert len(prefixes) == 1, f"block {block} is shared by {sorted(ids)}, whose tokens up to it differ"
+        tenants = {self._requests[request_id].tenant for request_id in ids}
+        assert len(tenants) == 1, f"block {block} is shared by tenants {sorted(tenants)}"
+
+    def _check_reuse(self, request: Request, num_held: int, num_cached: int) -> None:
+        """What `match` promised stands in the blocks, committed for this tenant; the other new ones hold nothing."""
+        for index, block in enumerate(self.table(request)[num_held:], num_held):
+            end = min((index + 1) * self.block_size, num_cached)
+            if index * self.block_size >= num_cached:
+                self._contents.pop(block, None)
+                continue
+            tenant, token_ids = self._contents.get(block, (None, ()))
+            is_right = (tenant, token_ids[:end]) == (request.tenant, tuple(request.token_ids[:end]))
+            assert is_right, f"{request.request_id} reuses block {block}, which holds {token_ids} of {tenant!r}"
 
     def _snapshot(self) -> tuple[object, ...]:
         tables = {name: list(self.cache.block_table(request)) for name, request in self._requests.items()}

@@ -21,7 +21,7 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
     """A state machine for `cache`; assign its `TestCase` to a module variable and pytest runs it."""
 
     class CacheMachine(RuleBasedStateMachine):
-        """Four requests share a small pool in every order of operations."""
+        """Four requests share a small pool in every order of operations; two begin alike, the last is a stranger."""
 
         @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), lengths=st.lists(LENGTHS, min_size=4))
         def make(self, num_blocks: int, block_size: int, lengths: list[int]) -> None:
@@ -29,10 +29,7 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
             self.ledger = Ledger(build_cache(cache, spec, options or {}))
             self.requests = []
             for number in range(4):
-                num_tokens = 1 + lengths[number] % spec.num_slots
-                request = Request(str(number), [number % 2] * num_tokens, SamplingParams(max_tokens=1))
-                request.max_num_tokens = num_tokens
-                self.requests.append(request)
+                self.requests.append(_request(number, 1 + lengths[number] % spec.num_slots))
 
         @rule(number=REQUESTS, more=st.integers(1, 9))
         def allocate(self, number: int, more: int) -> None:
@@ -56,3 +53,9 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
             self.ledger.free(self.requests[number])
 
     return CacheMachine
+
+
+def _request(number: int, num_tokens: int) -> Request:
+    """Even ones begin alike, odd ones too; the last belongs to another tenant."""
+    params = SamplingParams(max_tokens=1)
+    return Request(str(number), [number % 2] * num_tokens, params, tenant=str(number // 3), max_num_tokens=num_tokens)

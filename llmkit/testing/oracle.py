@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmkit.engine.inputs import InputBuilder
 from llmkit.testing.tags import Tag, extend, sample, tags_of
@@ -37,6 +37,7 @@ class _Row:
     end: int
     writes: list[int]
     table: list[int]
+    has_failed: bool = False
 
 
 @dataclass(slots=True)
@@ -53,7 +54,8 @@ class _Pending:
         if self.executor.num_steps > self.number:
             for row in self.rows:
                 assert self.executor.slots[row.slot] is row.stay, f"slot {row.slot} was handed over while in flight"
-                self.executor.read(row)
+                if not row.has_failed:
+                    self.executor.read(row)
         return self.result
 
 
@@ -62,7 +64,8 @@ class OracleExecutor:
     """Runs plans on host lists for up to `max_num_seqs` sequences of up to `max_model_len` tokens.
 
     With `packs` every step goes through `InputBuilder.build`; without, rows use its block tables only, which is
-    faster. `faults` maps request ids to the length from which on their rows fail, each with an error of its own.
+    faster. `faults` maps request ids to the length from which on their rows fail, each with an error of its own; such
+    a row writes nothing, so whoever reads its slots is found.
     """
 
     block_size: int
@@ -96,10 +99,12 @@ class OracleExecutor:
         slots = [self._check(scheduled) for scheduled in plan.scheduled]
         assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
         rows = self._packed(plan) if self.packs else [self._plain(row) for row in plan.scheduled]
+        errors = self._errors(plan)
+        rows = [replace(row, has_failed=True) if at in errors else row for at, row in enumerate(rows)]
         for row in rows:
             self._write(row)
         tokens = [self._sample(row, wanted.samples) for row, wanted in zip(rows, plan.scheduled, strict=True)]
-        pending = _Pending(self, self.num_steps, rows, StepResult(plan.step_id, tokens, errors=self._errors(plan)))
+        pending = _Pending(self, self.num_steps, rows, StepResult(plan.step_id, tokens, errors=errors))
         self.in_flight.append(pending)
         return pending
 
@@ -160,7 +165,7 @@ class OracleExecutor:
             block, offset = divmod(at, self.block_size)
             if not offset or block not in self._kv:
                 self._kv[block] = [None] * self.block_size
-            self._kv[block][offset] = row.stay.tags[position]
+            self._kv[block][offset] = None if row.has_failed else row.stay.tags[position]
         written = {at // self.block_size for at in row.writes}
         for pending in self.in_flight:
             for other in pending.rows:
@@ -188,7 +193,7 @@ class OracleExecutor:
         return found
 
     def _sample(self, row: _Row, samples: bool) -> int:
-        last = self.read(row)[-1]
+        last = row.stay.tags[row.end - 1] if row.has_failed else self.read(row)[-1]
         if not samples or last is None:
             return -1
         token = sample(row.stay.seed, last[0], self.vocab_size)

@@ -31,6 +31,7 @@ class Coverage:
     num_steps: int = 0
     num_tokens: int = 0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
     num_aborts: int = 0
     num_errors: int = 0
 
@@ -147,6 +148,7 @@ class Walk:
         assert list(output.completion.token_ids) == expected.got, f"{name}: the completion is not what was streamed"
         self._check_end(expected, output.finish_reason, output.error)
         self.coverage.num_preemptions += output.completion.metrics.num_preemptions
+        self.coverage.num_cached_tokens += output.completion.metrics.num_cached_tokens
         self.coverage.num_aborts += output.finish_reason is FinishReason.ABORT
         self.coverage.num_errors += output.finish_reason is FinishReason.ERROR
 

@@ -92,6 +92,7 @@ def draw_request(
         min_tokens=random.choice((0, random.randint(0, max_tokens))),
         ignore_eos=random.random() < 0.5,
         stop_token_ids=tuple(random.sample(range(vocab_size), num_stops)),
+        prompt_logprobs=1 if number % 5 == 4 else None,
     )
     prompt = [random.randrange(vocab_size) for _ in range(num_prompt)]
     if earlier and random.random() < 0.6:

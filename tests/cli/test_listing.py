@@ -66,7 +66,7 @@ def test_show_a_section_lists_every_option(capsys: pytest.CaptureFixture[str]) -
 
 def test_show_says_what_is_required_and_what_has_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(output(capsys, "plugins", "show", "hf"), "model.path", "required")
-    assert "no options" in output(capsys, "plugins", "show", "cache/paged")
+    assert "no options" in output(capsys, "plugins", "show", "cache/contiguous")
 
 
 def test_same_name_of_two_kinds_shows_both(install: Install, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,9 @@ def test_the_page_covers_every_group_and_engine_option() -> None:
     assert len(COMMANDS) > 8
     for name in (*KINDS, *SECTIONS, *EngineSettings.model_fields):
         assert f"`{name}`" in CONFIGURATION, name
+    for component in load_plugins()[0].components():
+        for option in component.settings.model_fields if component.kind == "cache" else ():
+            assert f"| `cache.{option}` | `{component.name}` |" in CONFIGURATION, option
 
 
 def test_errors_are_quoted_as_they_are(workdir: Path) -> None:

@@ -10,7 +10,7 @@ from llmkit.interfaces.cache import CacheSpec
 from llmkit.interfaces.scheduler import RequestQueue, Scheduler, SchedulingStep
 from llmkit.testing.invariants import check_planner
 from llmkit.types import Request, SamplingParams, StepPlan
-from llmkit_caches.paged import PagedCache
+from llmkit_caches.paged import PagedCache, PagedSettings
 
 Script = Callable[[RequestQueue, SchedulingStep], None]
 
@@ -31,11 +31,14 @@ class Scripted(Scheduler):
 
 
 class Rig:
-    """A planner over a small paged pool; `in_flight` holds the plans not landed, and everything is checked always."""
+    """A planner over a small paged pool; `in_flight` holds the plans not landed, and everything is checked always.
 
-    def __init__(self, num_blocks: int = 8, block_size: int = 4, **limits: int) -> None:
+    Nothing is reused unless `prefix` says so.
+    """
+
+    def __init__(self, num_blocks: int = 8, block_size: int = 4, prefix: bool = False, **limits: int) -> None:
         self.scheduler = Scripted(Scripted.Settings(**limits))
-        self.allocator = PagedCache(PagedCache.Settings(), CacheSpec(num_blocks, block_size))
+        self.allocator = PagedCache(PagedSettings(prefix=prefix), CacheSpec(num_blocks, block_size))
         self.planner = Planner(self.scheduler, self.allocator)
         self.in_flight: list[StepPlan] = []
         self.rejected: dict[Request, str] = {}

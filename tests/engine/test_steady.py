@@ -37,17 +37,24 @@ class Chunked(ContinuousBatching):
         return super().chunk(request, step)
 
 
-def engine_of(world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int) -> Engine:
-    planner = Planner(build_scheduler(scheduler, world.scheduler_options, {}), build_cache(cache, world.spec, {}))
+def engine_of(
+    world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int, **options: Any
+) -> Engine:
+    planner = Planner(build_scheduler(scheduler, world.scheduler_options, {}), build_cache(cache, world.spec, options))
     executor = FakeExecutor(world.spec.block_size, world.limits.vocab_size, world.faults)
     return Engine(planner, executor, world.limits, VirtualClock(), depth=depth)
 
 
 def play(
-    world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int
+    world: World, scheduler: type[ContinuousBatching], cache: type[CacheAllocator], depth: int, **options: Any
 ) -> tuple[list[Any], int]:
     """What every step planned and brought, and how many of them repeated the one before. Nobody looks in between."""
-    engine, events, seen, num_repeated = engine_of(world, scheduler, cache, depth), deque(world.events), [], 0
+    engine, events, seen, num_repeated = (
+        engine_of(world, scheduler, cache, depth, **options),
+        deque(world.events),
+        [],
+        0,
+    )
     while events or engine.has_unfinished:
         now = int(engine.clock.now())
         while events and events[0].at <= now:
@@ -73,19 +80,39 @@ def _told(plan: StepPlan | None) -> Any:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-@pytest.mark.parametrize("cache", [PagedCache, ContiguousCache])
-def test_repeated_steps_are_those_that_asking_would_give(cache: type[CacheAllocator], depth: int) -> None:
+@pytest.mark.parametrize(("cache", "options"), [(PagedCache, {"prefix": False}), (ContiguousCache, {})])
+def test_repeated_steps_are_those_that_asking_would_give(
+    cache: type[CacheAllocator], options: dict[str, Any], depth: int
+) -> None:
     num_repeated = 0
     for seed in range(60):
         world = draw_world(seed)
-        steps, num = play(world, ContinuousBatching, cache, depth)
-        asked, none = play(world, Asked, cache, depth)
+        steps, num = play(world, ContinuousBatching, cache, depth, **options)
+        asked, none = play(world, Asked, cache, depth, **options)
         assert none == 0
         assert len(steps) == len(asked)
         for number, (got, wanted) in enumerate(zip(steps, asked, strict=True)):
             assert got == wanted, f"seed {seed}, step {number}"
         num_repeated += num
     assert num_repeated > 500
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_with_prefix_caching_repeated_steps_give_the_same_tokens(depth: int) -> None:
+    """Not the same blocks: what steps that repeat have computed is published when somebody could look for it."""
+    num_cached = 0
+    for seed in range(60):
+        world = draw_world(seed)
+        told: list[list[Any]] = []
+        for scheduler in (ContinuousBatching, Asked):
+            steps, _ = play(world, scheduler, PagedCache, depth)
+            ends = [output for _, outputs, _, _ in steps for output in outputs if output.completion is not None]
+            num_cached += sum(output.completion.metrics.num_cached_tokens for output in ends)
+            told.append(
+                sorted((end.request_id, end.completion.token_ids) for end in ends if end.finish_reason != "abort")
+            )
+        assert told[0] == told[1], f"seed {seed}"
+    assert num_cached > 500
 
 
 def test_a_scheduler_that_makes_choices_of_its_own_is_asked() -> None:

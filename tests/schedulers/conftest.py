@@ -44,7 +44,7 @@ class Stage:
     def add(self, name: str, num_prompt: int = 4, max_tokens: int = 4, **fields: Any) -> None:
         fields.setdefault("arrival_time", self.clock.now())
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.engine.add(Request(name, [len(name)] * num_prompt, params, **fields))
+        self.engine.add(Request(name, [ord(name[-1])] * num_prompt, params, **fields))
 
     def add_unforeseen(self, name: str, num_tokens: int) -> None:
         """A request that stops after `num_tokens` tokens, which only the last of them shows."""

@@ -18,6 +18,7 @@ from llmkit.engine.steady import SteadyDecode
 from llmkit.testing import check_cache, check_scheduler
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
+from llmkit_caches.prefix import PrefixIndex
 
 Bug = tuple[Callable[..., Any], str, str]
 
@@ -51,6 +52,7 @@ CORE: dict[str, Bug] = {
     "admissions of a failed step stay": (PlannedStep.rollback, "self._residency.leave(view._request)", "pass"),
     "stop tokens end a request before min_tokens": (
         Progress.heed, "in self.stop_ids and is_free_to_stop", "in self.stop_ids"),
+    "KV of a failed row is published": (Planner.land, "if row not in failed_rows:", "if True:"),
     "preempted requests lose their place for good": (
         Planner._update_queues, "self._waiting.insert(0, view)", "pass"),
     "repeated steps are forgotten when the scheduler is asked": (
@@ -82,15 +84,58 @@ BATCHING: dict[str, Bug] = {
 
 CACHES: dict[str, Bug] = {
     "one block too few": (PagedCache.allocate, "-(-upto // self.spec.block_size)", "upto // self.spec.block_size"),
-    "not all or nothing": (PagedCache.allocate, "if num_new > len(self._free):\n        return False", ""),
+    "not all or nothing": (
+        PagedCache.allocate, "len(self._free) + self._index.num_idle:\n        return False", "0:\n        pass"),
     "blocks leak": (PagedCache.free, ", 0)", ", 1)"),
     "truncate takes one block too many": (PagedCache.truncate, "-(-upto //", "(upto //"),
-    "blocks are freed twice": (PagedCache._release, "append(block)", "extend((block, block))"),
+    "blocks are freed twice": (PagedCache._release, "self._free.append(block)", "self._free.extend((block, block))"),
     "growth moves the table": (PagedCache.allocate, "table.append(block)", "table.insert(0, block)"),
+    "blocks are published before they are computed": (
+        PagedCache.allocate, "table.append(block)\n    return True",
+        "table.append(block)\n    self.commit(request, min(upto, request.num_tokens))\n    return True"),
+    "more is published than was computed": (
+        PagedCache.commit, "= num_computed_tokens // self.spec.block_size",
+        "= min(request.num_tokens, len(self.block_table(request)) * self.spec.block_size) // self.spec.block_size"),
+    "half a block is published": (
+        PagedCache.commit, "= num_computed_tokens // self.spec.block_size",
+        "= -(-num_computed_tokens // self.spec.block_size)"),
+    "what was reused counts as unpublished": (PagedCache.allocate, "= len(reusable)", "= 0"),
+    "what was given back counts as published": (PagedCache.truncate, "= len(table)", "= 99"),
+    "publication is remembered for the next request of that name": (
+        PagedCache.free, "self._num_published.pop(request.request_id, None)", "pass"),
+    "reuse is not counted": (PagedCache.allocate, "self._ref_counts[prefix.blocks[0]] += 1", "pass"),
+    "reused blocks count as free": (PagedCache._missing, "+ sum(prefix.is_idle for prefix in reusable)", ""),
+    "less is missing than allocate takes": (
+        PagedCache.num_missing_blocks, "self._reusable(request, upto))", "())\n    - 1"),
+    "reused blocks can be evicted": (PagedCache.allocate, "self._index.use(prefix)", "pass"),
+    "copies that became redundant leak": (PagedCache.commit, "self._free += self._index", "self._index"),
+    "a request whose prompt must run reuses": (
+        PrefixIndex.find, "request.sampling_params.prompt_logprobs is not None", "False"),
+    "the last token is not computed": (PrefixIndex.find, "(request.num_tokens - 1)", "request.num_tokens"),
+    "half a block is reused": (
+        PrefixIndex.find, "(request.num_tokens - 1) // self._block_size",
+        "-(-(request.num_tokens - 1) // self._block_size)"),
+    "evicted prefixes are remembered": (PrefixIndex.find, "not found[-1].blocks", "False"),
+    "another request's prefixes are remembered": (PrefixIndex.find, "self._last[0] is request", "True"),
+    "tenants share": (PrefixIndex._root, "salt = _salt(request)", "salt = ()"),
+    "equal hashes count as equal tokens": (PrefixIndex._child, "and prefix.token_ids == token_ids", ""),
+    "equal hashes count as equal beginnings": (PrefixIndex._child, "prefix.parent is parent and", ""),
+    "an old place in the queue counts": (PrefixIndex.evict, "prefix.ticket == ticket", "True"),
+    "evicted prefixes can be found": (PrefixIndex.evict, "bucket.remove(prefix)", "pass"),
+    "the queue misses what becomes evictable": (PrefixIndex.evict, "elif parent.is_idle:", "elif False:"),
+    "a prefix goes before what stands behind it": (PrefixIndex.release, "if not prefix.num_children:", "if True:"),
+    "copies are all kept": (PrefixIndex.release, "len(prefix.blocks) > 1", "False"),
+    "an unused copy stands beside a used one": (PrefixIndex.publish, "if prefix.is_idle:", "if False:"),
     "holes overlap": (ContiguousCache.allocate, "(start + size, length - size)", "(start + size - 1, length - size)"),
     "holes never merge": (ContiguousCache.free, "sum(merged[-1]) == start", "False"),
     "a run is freed twice": (ContiguousCache.free, "self._runs.pop(", "self._runs.get("),
 }  # fmt: skip
+
+
+class Colliding(PagedCache):
+    """Whose hashes are equal most of the time."""
+
+    hash_function = staticmethod(lambda parent, token_ids: sum(token_ids) % 3)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> str:
@@ -121,6 +166,6 @@ def test_bugs_of_a_scheduler_are_found(bug: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("bug", CACHES)
 def test_bugs_of_a_cache_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = {"PagedCache": PagedCache, "ContiguousCache": ContiguousCache}[plant(monkeypatch, CACHES[bug])]
+    owner = plant(monkeypatch, CACHES[bug])
     with pytest.raises(AssertionError, match="seed"):
-        check_cache(cache, seeds=range(60))
+        check_cache(ContiguousCache if owner == "ContiguousCache" else Colliding, seeds=range(60))
