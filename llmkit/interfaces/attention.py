@@ -62,6 +62,19 @@ class AttentionBatch:
     fresh_blocks: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class KeyValueSlots:
+    """Where a step's new keys and values belong.
+
+    `keys`, `values` [num_blocks, num_kv_heads, block_size, head_dim], contiguous; new token n has slot
+    `slot_mapping[n]` (int64 [N], block * block_size + offset), or none where that is negative.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
 class AttentionBackend(ABC):
     """Stores keys and values in blocks and attends over them."""
 
@@ -100,6 +113,17 @@ class AttentionBackend(ABC):
         (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1.
         """
         return False
+
+    def slots(self, layer: int) -> KeyValueSlots | None:
+        """Where a kernel of the network may store the planned step's keys and values itself, before `attend`.
+
+        None, the default, if only `forward` stores them.
+        """
+        return None
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """`forward` without storing; only for backends that give `slots`, after these were filled."""
+        raise NotImplementedError(f"{type(self).__name__} gives no slots")
 
     @abstractmethod
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

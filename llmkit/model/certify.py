@@ -7,6 +7,7 @@ model's dtype, on random tokens. Anything that does not match keeps transformers
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
         with routed({single.self_attn: _dense_route(spec)}):
             out = single(hidden.unsqueeze(0), position_ids=positions.unsqueeze(0), position_embeddings=(cos, sin))
         original = (out[0] if isinstance(out, tuple) else out).view_as(hidden) - hidden
-        fused = FusedLayer(single, spec)(hidden, *table, lambda q, k, v, spec=spec: _dense(spec, q, k, v)) - hidden
+        fused = FusedLayer(single, spec)(hidden, *table, _Dense(spec)) - hidden
         error = float((fused - original).norm() / original.norm())
         if not error <= LAYER_TOLERANCE:
             return f"layer {index} differs by {error:.1e} of its update from the original"
@@ -106,7 +107,7 @@ def _network_errors(
     finally:
         for hook in hooks:
             hook.remove()
-    fused = decoder.forward(ids, positions, rows, lambda layer, q, k, v: _dense(specs[layer], q, k, v))
+    fused = decoder.forward(ids, positions, rows, [_Dense(spec) for spec in specs])
     return [
         ("embeddings", _distance(decoder.embed(ids), seen[0]), EDGE_TOLERANCE),
         ("logits of the last layer's output", _distance(decoder.logits(seen[1]), out.logits[0]), EDGE_TOLERANCE),
@@ -126,14 +127,25 @@ def _positions(max_model_len: int, device: torch.device) -> torch.Tensor:
 
 def _dense_route(spec: LayerSpec) -> Route:
     def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> torch.Tensor:
-        return _dense(spec, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
+        return _Dense(spec)(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
 
     return route
 
 
-def _dense(spec: LayerSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class _Dense:
     """Causal attention among the tokens themselves; the same for both sides, so window and softcap do not matter."""
-    groups = spec.num_heads // spec.num_kv_heads
-    key, value = (t.repeat_interleave(groups, dim=1).transpose(0, 1) for t in (key, value))
-    out = F.scaled_dot_product_attention(query.transpose(0, 1), key, value, is_causal=True, scale=spec.scale)
-    return out.transpose(0, 1).contiguous()
+
+    spec: LayerSpec
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        groups = self.spec.num_heads // self.spec.num_kv_heads
+        key, value = (t.repeat_interleave(groups, dim=1).transpose(0, 1) for t in (key, value))
+        out = F.scaled_dot_product_attention(query.transpose(0, 1), key, value, is_causal=True, scale=self.spec.scale)
+        return out.transpose(0, 1).contiguous()
+
+    def slots(self) -> None:
+        return None
+
+    def over_slots(self, query: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError

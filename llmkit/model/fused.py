@@ -7,14 +7,31 @@ replace the originals' storage (views), so nothing is held twice and the transfo
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from llmkit.interfaces.attention import LayerSpec
+from llmkit.interfaces.attention import KeyValueSlots, LayerSpec
 from llmkit.model.linear import linear, merge
 from llmkit.model.loading import LoadedModel
+
+
+class Attention(Protocol):
+    """Attention of one layer over a planned step."""
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `AttentionBackend.forward`."""
+        ...
+
+    def slots(self) -> KeyValueSlots | None:
+        """As `AttentionBackend.slots`."""
+        ...
+
+    def over_slots(self, query: torch.Tensor) -> torch.Tensor:
+        """As `AttentionBackend.attend`, after the slots were filled."""
+        ...
 
 
 class FusedLayer:
@@ -27,14 +44,17 @@ class FusedLayer:
         self.post_norm = _norm(layer.post_attention_layernorm)
         self.q_norm = _norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self.k_norm = _norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        self.qkv = linear(*merge([attention.q_proj, attention.k_proj, attention.v_proj]))
-        self.gate_up = linear(*merge([mlp.gate_proj, mlp.up_proj]))
-        self.out = linear(attention.o_proj.weight, attention.o_proj.bias)
-        self.down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
+        self.weights = {
+            "qkv": merge([attention.q_proj, attention.k_proj, attention.v_proj]),
+            "out": (attention.o_proj.weight, attention.o_proj.bias),
+            "gate_up": merge([mlp.gate_proj, mlp.up_proj]),
+            "down": (mlp.down_proj.weight, mlp.down_proj.bias),
+        }
+        self.qkv, self.out, self.gate_up, self.down = (linear(*pair) for pair in self.weights.values())
         self.activation = mlp.act_fn
         self._kernels = layer_kernels(self)
 
-    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Any) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:
         """`hidden` [N, hidden_size]; `cos`, `sin` [N, 1, head_dim] with the sign of the rotation folded into `sin`."""
         spec = self.spec
         num_rotated = spec.num_heads + spec.num_kv_heads
@@ -81,13 +101,13 @@ class FusedDecoder:
         self.layers = [FusedLayer(layer, spec) for layer, spec in zip(decoder.layers, specs, strict=True)]
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Any
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attentions: Sequence[Attention]
     ) -> torch.Tensor:
-        """`attend(layer, query, key, value)` as in `AttentionBackend.forward`."""
+        """Arguments and result as in `Network`; `attentions` by layer."""
         hidden = self.embed(input_ids)
         cos, sin = self._cos[positions], self._sin[positions]
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+        for layer, attend in zip(self.layers, attentions, strict=True):
+            hidden = layer(hidden, cos, sin, attend)
         return self.logits(hidden[rows])
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -11,20 +11,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit.cuda import can_overlap
+from llmkit.interfaces.attention import KeyValueSlots
+from llmkit.model.row_kernels import MAX_ROWS, multiply_rows
+
 Norm = tuple[Tensor, float]
 
 
 def run(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
     """A `FusedLayer` on `hidden` [N, hidden_size]; arguments and result as in `FusedLayer.__call__`."""
+    if len(hidden) <= MAX_ROWS:
+        return run_few(layer, hidden, cos, sin, attend)
     spec = layer.spec
     _, normed = add_rms_norm(hidden, None, layer.input_norm)
     qkv = layer.qkv(normed).view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-    rotated = norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, layer.q_norm, layer.k_norm, cos, sin)
-    value = qkv[:, spec.num_heads + spec.num_kv_heads :]
-    context = attend(rotated[:, : spec.num_heads], rotated[:, spec.num_heads :], value)
-    hidden, normed = add_rms_norm(hidden, layer.out(context.view(len(hidden), -1)), layer.post_norm)
+    context = rotate_and_attend(layer, qkv, cos, sin, attend)
+    hidden, normed = add_rms_norm(hidden, layer.out(context), layer.post_norm)
     down: Tensor = layer.down(silu_and_multiply(layer.gate_up(normed)))
     return hidden + down
+
+
+def run_few(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+    """`run` for up to MAX_ROWS tokens: norms, activation and sums are parts of the products."""
+    spec = layer.spec
+    qkv = multiply_rows(hidden, layer.weights["qkv"], norm=layer.input_norm)
+    heads = qkv.view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    context = rotate_and_attend(layer, heads, cos, sin, attend)
+    hidden = multiply_rows(context, layer.weights["out"], residual=hidden)
+    gated = multiply_rows(hidden, layer.weights["gate_up"], norm=layer.post_norm, gated=True)
+    return multiply_rows(gated, layer.weights["down"], residual=hidden)
+
+
+def rotate_and_attend(layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+    """Attention of `qkv` [N, num_heads + 2 num_kv_heads, D], flattened: [N, num_heads D]."""
+    spec, slots = layer.spec, attend.slots()
+    num_heads, num_rotated = spec.num_heads, spec.num_heads + spec.num_kv_heads
+    rotated = norm_and_rotate(qkv, num_heads, spec.num_kv_heads, layer.q_norm, layer.k_norm, cos, sin, slots)
+    if slots is not None:
+        context: Tensor = attend.over_slots(rotated)
+    else:
+        context = attend(rotated[:, :num_heads], rotated[:, num_heads:], qkv[:, num_rotated:])
+    return context.view(len(qkv), -1)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -37,27 +64,37 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, T
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
         x, delta if delta is not None else x, weight, total, out, epsilon, width,
-        ADDS=delta is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        ADDS=delta is not None, BLOCK=block, **_overlap(x), num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return total, out
 
 
 def norm_and_rotate(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, q_norm: Norm | None, k_norm: Norm | None, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    cos: Tensor,
+    sin: Tensor,
+    slots: KeyValueSlots | None = None,
 ) -> Tensor:
     """Queries and keys of `qkv` [N, num_heads + 2 num_kv_heads, D], normalised per head if asked, then rotated.
 
-    `cos`, `sin` [N, 1, D], contiguous, with the sign of the rotation folded into `sin`.
-    Returns [N, num_heads + num_kv_heads, D].
+    `cos`, `sin` [N, 1, D], contiguous, with the sign of the rotation folded into `sin`. Returns both, [N, num_heads +
+    num_kv_heads, D], or stores keys and values in `slots` and returns the queries [N, num_heads, D].
     """
     rows, all_heads, head_dim = qkv.shape
-    out = torch.empty(rows, num_heads + num_kv_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    kept = num_heads if slots is not None else num_heads + num_kv_heads
+    out = torch.empty(rows, kept, head_dim, dtype=qkv.dtype, device=qkv.device)
     q_weight, epsilon = q_norm if q_norm is not None else (cos, 0.0)
     k_weight = k_norm[0] if k_norm is not None else cos
+    keys, values, places = (slots.keys, slots.values, slots.slot_mapping) if slots is not None else (out, out, out)
     _norm_and_rotate[(rows,)](
-        qkv, q_weight, k_weight, cos, sin, out, epsilon, num_heads, num_heads + num_kv_heads, all_heads, head_dim,
-        NORMS=q_norm is not None, HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
-        WIDTH=triton.next_power_of_2(head_dim), num_warps=4,
+        qkv, q_weight, k_weight, cos, sin, out, keys, values, places, epsilon, num_heads, num_heads + num_kv_heads,
+        all_heads, head_dim, NORMS=q_norm is not None, HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
+        KV_HEADS=triton.next_power_of_2(num_kv_heads), WIDTH=triton.next_power_of_2(head_dim),
+        PAGE=keys.shape[2], STORES=slots is not None, **_overlap(qkv), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -66,14 +103,31 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of `gate_up` [N, 2 width], contiguous -> [N, width]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_multiply[(rows, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
+    _silu_and_multiply[(rows, triton.cdiv(width, 1024))](
+        gate_up, out, width, BLOCK=1024, **_overlap(gate_up), num_warps=4
+    )
     return out
+
+
+def _overlap(x: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that starts with `wait_for_previous`."""
+    overlaps = can_overlap(x.device)
+    return {"PDL": overlaps, "launch_pdl": overlaps}
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for the one in front to end: nothing it writes may be touched before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def _add_rms_norm(
-    x, delta, weight, total, out, epsilon, width, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    x, delta, weight, total, out, epsilon, width, ADDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -90,9 +144,11 @@ def _add_rms_norm(
 
 @triton.jit
 def _norm_and_rotate(
-    qkv, q_weight, k_weight, cos, sin, out, epsilon, num_heads, num_rotated, all_heads, head_dim,
-    NORMS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, q_weight, k_weight, cos, sin, out, keys, values, slots, epsilon, num_heads, num_rotated, all_heads, head_dim,
+    NORMS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -104,20 +160,33 @@ def _norm_and_rotate(
     if NORMS:
         scale = tl.rsqrt(tl.sum(x * x, 1) / head_dim + epsilon)[:, None]
         is_query = head < num_heads
-        queries, keys = inside & is_query, inside & (head >= num_heads)
+        queries, others = inside & is_query, inside & (head >= num_heads)
         gain = tl.load(q_weight + column + 0 * head, mask=queries, other=0.0).to(tl.float32)
-        gain += tl.load(k_weight + column + 0 * head, mask=keys, other=0.0).to(tl.float32)
+        gain += tl.load(k_weight + column + 0 * head, mask=others, other=0.0).to(tl.float32)
         partner_gain = tl.load(q_weight + partner + 0 * head, mask=queries, other=0.0).to(tl.float32)
-        partner_gain += tl.load(k_weight + partner + 0 * head, mask=keys, other=0.0).to(tl.float32)
+        partner_gain += tl.load(k_weight + partner + 0 * head, mask=others, other=0.0).to(tl.float32)
         x, y = x * scale * gain, y * scale * partner_gain
     cosine = tl.load(cos + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
     sine = tl.load(sin + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
     rotated = (x * cosine + y * sine).to(out.dtype.element_ty)
-    tl.store(out + (row * num_rotated + head) * head_dim + column, rotated, mask=inside)
+    if STORES:
+        tl.store(out + (row * num_heads + head) * head_dim + column, rotated, mask=inside & (head < num_heads))
+        slot, kv_heads = tl.load(slots + row), num_rotated - num_heads
+        if slot >= 0:
+            place = slot // PAGE * kv_heads * PAGE + slot % PAGE
+            stored = (place + (head - num_heads) * PAGE) * head_dim + column
+            tl.store(keys + stored, rotated, mask=inside & (head >= num_heads))
+            member = tl.arange(0, KV_HEADS)[:, None]
+            real = (member < kv_heads) & (column < head_dim)
+            value = tl.load(qkv + (row * all_heads + num_rotated + member) * head_dim + column, mask=real, other=0.0)
+            tl.store(values + (place + member * PAGE) * head_dim + column, value, mask=real)
+    else:
+        tl.store(out + (row * num_rotated + head) * head_dim + column, rotated, mask=inside)
 
 
 @triton.jit
-def _silu_and_multiply(gate_up, out, width, BLOCK: tl.constexpr):
+def _silu_and_multiply(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

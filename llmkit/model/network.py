@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from llmkit.interfaces.attention import AttentionBackend
+from llmkit.interfaces.attention import AttentionBackend, KeyValueSlots
 from llmkit.model.certify import certified_decoder
 from llmkit.model.fused import FusedDecoder
 from llmkit.model.loading import LoadedModel
@@ -48,15 +48,32 @@ def _route(backend: AttentionBackend, layer: int) -> Route:
     return route
 
 
+class LayerAttention:
+    """One layer of an attention backend."""
+
+    def __init__(self, backend: AttentionBackend, layer: int) -> None:
+        self._backend = backend
+        self._layer = layer
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self._backend.forward(self._layer, query, key, value)
+
+    def slots(self) -> KeyValueSlots | None:
+        return self._backend.slots(self._layer)
+
+    def over_slots(self, query: torch.Tensor) -> torch.Tensor:
+        return self._backend.attend(self._layer, query)
+
+
 class FusedNetwork:
     """A Llama-shaped model through fused layers."""
 
     def __init__(self, decoder: FusedDecoder, backend: AttentionBackend) -> None:
         self._decoder = decoder
-        self._attend = backend.forward
+        self._attentions = [LayerAttention(backend, index) for index in range(len(decoder.layers))]
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self._decoder.forward(input_ids, positions, rows, self._attend)
+        return self._decoder.forward(input_ids, positions, rows, self._attentions)
 
 
 def build_network(model: LoadedModel, backend: AttentionBackend, max_model_len: int, fused: bool = True) -> Network:

@@ -98,7 +98,7 @@ def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> N
 
 
 @pytest.mark.parametrize("longest", [10, 600])
-def test_rows_of_length_zero_give_zeros_and_touch_nothing(longest: int) -> None:
+def test_rows_of_length_zero_touch_nothing(longest: int) -> None:
     made = sequences([layer(2)], block_size=64)
     made.step([("a", 4), ("b", longest)])
     for name in "ab":
@@ -117,7 +117,6 @@ def test_rows_of_length_zero_give_zeros_and_touch_nothing(longest: int) -> None:
     )
     made.backend.plan(padded)
     out = made.backend.forward(0, query, key, value)
-    assert not out[2].any()
     for row, name in enumerate("ab"):
         keys, values = made.stored[name].layers[0]
         both = torch.cat([keys, key[row : row + 1]]), torch.cat([values, value[row : row + 1]])

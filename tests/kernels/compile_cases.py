@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
-from llmkit.model import layer_kernels
+from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
+from llmkit.model import layer_kernels, row_kernels
 from llmkit_attention.flash.backend import FlashAttention
 from tests.kernels.compiler import Resources, compiling, kernels_of_the_project, resources
 
@@ -97,12 +97,32 @@ def between_products(shape: Shape) -> None:
     norm = (tensor(spec.head_dim), 1e-6) if shape.normed else None
     table = tensor(4, 1, spec.head_dim)
     layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table)
+    pools = tensor(2, NUM_BLOCKS, spec.num_kv_heads, BLOCK, spec.head_dim)
+    slots = KeyValueSlots(pools[0], pools[1], torch.zeros(4, dtype=torch.int64))
+    layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table, slots)
     layer_kernels.silu_and_multiply(tensor(4, 2 * shape.intermediate_size))
+
+
+def products_of_rows(shape: Shape) -> None:
+    """The products of a fused layer for few tokens."""
+    spec, hidden, inner = shape.layers[0], shape.hidden_size, shape.intermediate_size
+    heads, context = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.num_heads * spec.head_dim
+
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=torch.bfloat16)
+
+    for rows in (1, row_kernels.MAX_ROWS):
+        norm, residual = (tensor(hidden), 1e-6), tensor(rows, hidden)
+        row_kernels.multiply_rows(residual, (tensor(heads, hidden), None), norm=norm)
+        row_kernels.multiply_rows(tensor(rows, context), (tensor(hidden, context), None), residual=residual)
+        row_kernels.multiply_rows(residual, (tensor(2 * inner, hidden), None), norm=norm, gated=True)
+        row_kernels.multiply_rows(tensor(rows, inner), (tensor(hidden, inner), None), residual=residual)
 
 
 LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
     "between products": between_products,
+    "products of rows": products_of_rows,
 }
 
 

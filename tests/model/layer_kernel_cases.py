@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmkit.interfaces.attention import KeyValueSlots
 from llmkit.model import layer_kernels as kernels
+from llmkit.model.row_kernels import MAX_ROWS, WHOLE_WIDTH, multiply_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -60,3 +62,38 @@ def test_silu_and_multiply(dtype: torch.dtype, width: int) -> None:
     gate_up = noise(4, 2 * width, dtype=dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
     close(kernels.silu_and_multiply(gate_up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", [True, False])
+def test_keys_and_values_go_to_their_slots_and_to_no_other(dtype: torch.dtype, norms: bool) -> None:
+    num_heads, num_kv_heads, head_dim, page = 4, 3, 80, 4
+    qkv = noise(4, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    cos, sin = (noise(4, 1, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    places = torch.tensor([9, -1, 0, 7], device=DEVICE)
+    pools = torch.full((2, 3, num_kv_heads, page, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    slots = KeyValueSlots(pools[0], pools[1], places)
+    q_norm, k_norm = [(noise(head_dim, dtype=dtype, seed=seed), 1e-3) if norms else None for seed in (3, 4)]
+    both = kernels.norm_and_rotate(qkv, num_heads, num_kv_heads, q_norm, k_norm, cos, sin)
+    query = kernels.norm_and_rotate(qkv, num_heads, num_kv_heads, q_norm, k_norm, cos, sin, slots)
+    assert torch.equal(query, both[:, :num_heads])
+    by_slot = pools.transpose(2, 3).reshape(2, 3 * page, num_kv_heads, head_dim)
+    for row, place in ((0, 9), (2, 0), (3, 7)):
+        assert torch.equal(by_slot[0, place], both[row, num_heads:])
+        assert torch.equal(by_slot[1, place], qkv[row, num_heads + num_kv_heads :])
+    untouched = [place for place in range(3 * page) if place not in (0, 7, 9)]
+    assert by_slot[:, untouched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
+@pytest.mark.parametrize(("width", "outputs"), [(64, 40), (1000, 7), (WHOLE_WIDTH + 72, 20)])
+def test_products_of_few_rows(dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    x, weight = noise(rows, width, dtype=dtype), noise(2 * outputs, width, dtype=dtype, seed=1)
+    bias, norm = noise(2 * outputs, dtype=dtype, seed=2), (noise(width, dtype=dtype, seed=3), 1e-3)
+    residual = noise(rows, 2 * outputs, dtype=dtype, seed=4)
+    plain = x.double() @ weight.double().T
+    close(multiply_rows(x, (weight, None)), plain)
+    close(multiply_rows(x, (weight, bias), residual=residual), plain + bias + residual)
+    gate, up = (rms(x, *norm) @ weight.double().T + bias).chunk(2, dim=-1)
+    close(multiply_rows(x, (weight, bias), norm=norm, gated=True), F.silu(gate) * up)

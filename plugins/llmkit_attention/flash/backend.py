@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements
+from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
 from llmkit_attention.flash.limits import reasons_against
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class FlashAttention(AttentionBackend):
 
     Steps of single tokens launch grids that depend on nothing but the number of rows and `max_seq_len`, read every
     length and block on the device and allocate only their result: they can be captured in a CUDA graph. A row that
-    only fills up a captured batch has one token, `seq_lens` 0 and slot -1; it reads and stores nothing and gives zeros.
+    only fills up a captured batch has one token, `seq_lens` 0 and slot -1; it reads and stores nothing, and what
+    it gives is arbitrary.
     """
 
     @classmethod
@@ -89,10 +90,17 @@ class FlashAttention(AttentionBackend):
         table = torch.tensor(tiles, dtype=torch.int32)
         return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
 
+    def slots(self, layer: int) -> KeyValueSlots:
+        keys, values = self._pools[layer]
+        return KeyValueSlots(keys, values, self._step.batch.slot_mapping)
+
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self._launches[layer].write(key, value, self.slots(layer))
+        return self.attend(layer, query)
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         pool, launch, step = self._pools[layer], self._launches[layer], self._step
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        launch.write(key, value, step.batch.slot_mapping, pool, out)
         if step.tiles is not None:
             launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)
         if step.singles:

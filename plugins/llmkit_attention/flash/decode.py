@@ -1,8 +1,9 @@
 """Kernels for rows with one new token: all rows' keys as one list of tiles, cut into equal shares (stream-K).
 
-`list_tiles` writes the list once a step. Tile t is `codes[t]` = row << 14 | lowest << 8 | (count - 1) << 2 | first << 1
-| last: its row, the range of the tile's keys that the row sees, and whether the row's tiles begin or end here;
-`pages[t, i]` are the pages of its keys, or where it lies in a larger page: page * (PAGE / TILE) + place. `ends[row]` counts the tiles of all rows up to `row`.
+`list_tiles` writes the list once a step. Tile t belongs to row `owners[t]`. `codes[t]` = token << 14 | lowest << 8
+| (count - 1) << 2 | first << 1 | last: the row's query, the range of the tile's keys that it sees, and whether the
+row's tiles begin or end here. `pages[t, i]` are the pages of its keys, or where it lies in a larger page, as
+page * (PAGE / TILE) + place. `ends[row]` counts the tiles of all rows up to `row`.
 """
 
 import triton
@@ -13,7 +14,7 @@ from llmkit_attention.flash.tiles import accumulate, scores
 
 @triton.jit
 def list_tiles(
-    starts, lengths, tables, table_stride, codes, pages, ends, arrivals, rows, window,
+    starts, lengths, tables, table_stride, owners, codes, pages, ends, arrivals, rows, window,
     HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -30,6 +31,7 @@ def list_tiles(
     number = tl.sum(tl.where(index == row, count, 0), 0)
     length = tl.sum(tl.where(index == row, length, 0), 0)
     lowest = tl.sum(tl.where(index == row, lowest, 0), 0)
+    token = tl.sum(tl.where(index == row, begins, 0), 0)
     tl.store(ends + row, base + number)
     head = tl.arange(0, triton.next_power_of_2(HEADS))
     tl.store(arrivals + row * HEADS + head, head * 0, mask=head < HEADS)
@@ -40,9 +42,10 @@ def list_tiles(
         real = tile < number
         key = (lowest // TILE + tile) * TILE
         seen = tl.minimum(length - key, TILE)
-        code = (row << 14) | (tl.maximum(lowest - key, 0) << 8) | ((seen - 1) << 2)
+        code = (token << 14) | (tl.maximum(lowest - key, 0) << 8) | ((seen - 1) << 2)
         code |= tl.where(tile == 0, 2, 0) | tl.where(tile == number - 1, 1, 0)
         tl.store(codes + base + tile, code, mask=real)
+        tl.store(owners + base + tile, row + 0 * tile, mask=real)
         for i in tl.static_range(PAGES):
             held = real & (key + i * PAGE < length)
             page = tl.load(table + (key + i * PAGE) // PAGE, mask=held, other=0)
@@ -53,11 +56,11 @@ def list_tiles(
 
 @triton.jit
 def attend_one(
-    query, key_pool, value_pool, out, partial, lse, starts, codes, pages, ends, arrivals, rows,
+    query, key_pool, value_pool, out, partial, lse, starts, owners, codes, pages, ends, arrivals, rows,
     query_n, query_h, query_d, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr, SHARES_PAD: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (share, KV head): its share of the tiles, for the head's GROUP queries.
 
@@ -65,6 +68,8 @@ def attend_one(
     last: their normalised parts go to `partial` [share, head, 2, ROWS_PAD, DIM] and `lse` (base 2), and the share that
     arrives last at a row combines its parts.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     share, head = tl.program_id(0), tl.program_id(1)
     total = tl.load(ends + rows - 1)
     shares = tl.minimum(total, SHARES)
@@ -77,24 +82,29 @@ def attend_one(
         begin, end = _begin(share, total, shares), _begin(share + 1, total, shares)
         code = tl.load(codes + begin)
         page = _pages(pages, begin, PAGE, TILE)
-        row = code >> 14
-        token = tl.load(starts + row).to(tl.int64)
-        packed = tl.load(query + token * query_n + place, mask=real, other=0.0)
+        opening, closing = tl.load(owners + begin), tl.load(owners + end - 1)
+        opening_first, opening_last = _tiles_of(ends, opening)
+        closing_first, closing_last = _tiles_of(ends, closing)
         top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS_PAD], tl.float32)
         context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
+        coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
         slot = 0
         whole = (code & 2) != 0
         for tile in range(begin, end):
-            now = code
+            now, token = code, (code >> 14).to(tl.int64)
             at = _keys(page, head, offset, HEADS, PAGE, TILE)[:, None] * DIM + dim[None, :]
             ahead = tl.minimum(tile + 1, end - 1)
             code = tl.load(codes + ahead)
             page = _pages(pages, ahead, PAGE, TILE)
             seen = offset <= ((now >> 2) & 63)
+            packed = coming
+            coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
             stored = tl.load(key_pool + at, mask=seen[:, None] & inside, other=0.0)
             visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen
-            logits = tl.where(visible[None, :], scores(packed, tl.trans(stored), scale, softcap, SOFTCAP), float("-inf"))
+            logits = tl.where(
+                visible[None, :], scores(packed, tl.trans(stored), scale, softcap, SOFTCAP), float("-inf")
+            )
             values = tl.load(value_pool + at, mask=seen[:, None] & inside, other=0.0)
             top, weight, context = accumulate(logits, values, top, weight, context)
             is_last = (now & 1) != 0
@@ -106,32 +116,38 @@ def attend_one(
                 part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD + member
                 tl.store(partial + part[:, None] * DIM + dim[None, :], result, mask=real & (not done))
                 tl.store(lse + part, top + tl.log2(weight), mask=members & (not done))
-                token = tl.load(starts + (tl.load(codes + ahead) >> 14)).to(tl.int64)
-                packed = tl.load(query + token * query_n + place, mask=real, other=0.0)
                 top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
                 weight = tl.zeros([ROWS_PAD], tl.float32)
                 context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
                 slot = 1
                 whole = True
+        if PDL:  # not sooner: programs of the next kernel that wait here would crowd out some of this one's
+            tl.extra.cuda.gdc_launch_dependents()
         tl.debug_barrier()
-        closing = code >> 14
-        for item in range(0, tl.where(closing == row, 1, 2)):
-            which = tl.where(item == 0, row, closing)
-            first, last = tl.load(ends + which - 1, mask=which > 0, other=0), tl.load(ends + which) - 1
+        for item in range(tl.where(closing == opening, 1, 2)):
+            row = tl.where(item == 0, opening, closing)
+            first, last = (
+                tl.where(item == 0, opening_first, closing_first),
+                tl.where(item == 0, opening_last, closing_last),
+            )
             if (first < begin) | (last >= end):
                 first_share, last_share = _share_of(first, total, shares), _share_of(last, total, shares)
-                before = tl.atomic_add(arrivals + which * HEADS + head, 1, sem="acq_rel")
+                before = tl.atomic_add(arrivals + row * HEADS + head, 1, sem="acq_rel")
                 if before == last_share - first_share:
                     tl.debug_barrier()
-                    tl.store(arrivals + which * HEADS + head, 0)
-                    slot_of_first = tl.where(first > _begin(first_share, total, shares), 1, 0)
-                    combined = _combine(
-                        partial, lse, first_share, last_share, slot_of_first, head, member, dim,
-                        HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD, SHARES_PAD,
+                    tl.store(arrivals + row * HEADS + head, 0)
+                    begins_inside = (first > _begin(first_share, total, shares)).to(tl.int32)
+                    token = tl.load(starts + row).to(tl.int64)
+                    _combine(
+                        out, partial, lse, token, first_share, last_share, begins_inside, head,
+                        HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
                     )  # fmt: skip
-                    token = tl.load(starts + which).to(tl.int64)
-                    target = (token * (HEADS * GROUP) + heads[:, None]) * DIM + dim[None, :]
-                    tl.store(out + target, combined.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _tiles_of(ends, row):
+    """A row's first and last tile."""
+    return tl.load(ends + row - 1, mask=row > 0, other=0), tl.load(ends + row) - 1
 
 
 @triton.jit
@@ -166,28 +182,34 @@ def _pages(pages, tile, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _combine(
-    partial, lse, first_share, last_share, slot_of_first, head, member, dim,
+    out, partial, lse, token, first_share, last_share, begins_inside, head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    SHARES_PAD: tl.constexpr,
 ):  # fmt: skip
-    """A row's parts weighed by their log-sum-exps, float32 [ROWS_PAD, DIM_PAD]; each share holds one in slot 0 or 1."""
-    share = first_share + tl.arange(0, SHARES_PAD)
-    held = share <= last_share
-    slot = tl.where(share == first_share, slot_of_first, 0)
-    part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD
-    logs = tl.load(
-        lse + part[None, :] + member[:, None],
-        mask=held[None, :] & (member < GROUP)[:, None], other=float("-inf"), cache_modifier=".cg",
-    )  # fmt: skip
-    top = tl.max(logs, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(logs - top[:, None]), 1)
-    combined = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
-    for number in tl.range(first_share, last_share + 1, loop_unroll_factor=4):
-        at = ((number * HEADS + head) * 2 + tl.where(number == first_share, slot_of_first, 0)) * ROWS_PAD + member
-        members = member < GROUP
-        log = tl.load(lse + at, mask=members, other=float("-inf"), cache_modifier=".cg")
-        real = members[:, None] & (dim < DIM)[None, :]
-        value = tl.load(partial + at[:, None] * DIM + dim[None, :], mask=real, other=0.0, cache_modifier=".cg")
-        combined += value * tl.exp2(log - top)[:, None]
-    return combined / tl.where(total == 0.0, 1.0, total)[:, None]
+    """Write a row's parts weighed by their log-sum-exps.
+
+    A share holds its part in slot 0, but the first share in slot 1 if the row begins inside it.
+    """
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
+    PARTS: tl.constexpr = max(1, 4096 // (MEMBERS * DIM_PAD))
+    member, dim = tl.arange(0, MEMBERS), tl.arange(0, DIM_PAD)
+    top = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    context = tl.zeros([MEMBERS, DIM_PAD], tl.float32)
+    for chunk in range(first_share, last_share + 1, PARTS):
+        share = chunk + tl.arange(0, PARTS)
+        part = (share * HEADS + head) * 2 + tl.where(share == first_share, begins_inside, 0)
+        row = part[:, None] * ROWS_PAD + member[None, :]
+        held = (share <= last_share)[:, None] & (member < GROUP)[None, :]
+        logs = tl.load(lse + row, mask=held, other=float("-inf"), cache_modifier=".cg")
+        real = held[:, :, None] & (dim < DIM)[None, None, :]
+        at = row[:, :, None] * DIM + dim[None, None, :]
+        values = tl.load(partial + at, mask=real, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(logs, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights, decay = tl.exp2(logs - base[None, :]), tl.exp2(top - base)
+        total = total * decay + tl.sum(weights, 0)
+        context = context * decay[:, None] + tl.sum(values * weights[:, :, None], 0)
+        top = new_top
+    context = context / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = (token * (HEADS * GROUP) + head * GROUP + member[:, None]) * DIM + dim[None, :]
+    tl.store(out + target, context.to(out.dtype.element_ty), mask=(member < GROUP)[:, None] & (dim < DIM)[None, :])

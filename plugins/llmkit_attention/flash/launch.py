@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.interfaces.attention import AttentionBatch, LayerSpec
+from llmkit.cuda import can_overlap
+from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
 from llmkit_attention.flash.decode import attend_one, list_tiles
 from llmkit_attention.flash.prefill import attend_many
 from llmkit_attention.flash.store import write_kv
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Decode programs that run on a multiprocessor at the same time; their shared memory allows no more."""
-STAGES = 3
+"""Decode programs that run on a multiprocessor at the same time; their shared memory leaves no room
+for programs of the next kernel, which would crowd out some of these."""
+STAGES = 4
 """Tiles of a decode program that are loaded or in use at the same time."""
 CHUNK = 128
 """Tiles that a program lists at a time."""
@@ -29,6 +31,7 @@ def power_of_two(number: int) -> int:
 class TileList:
     """The tiles of a step's single-token rows on the device, int32; see `decode`."""
 
+    owners: torch.Tensor
     codes: torch.Tensor
     pages: torch.Tensor
     ends: torch.Tensor
@@ -39,6 +42,7 @@ class Workspace:
     """Parts of rows before they are combined, float32, shared by all layers and never reallocated."""
 
     def __init__(self, layers: Iterable[LayerSpec], device: torch.device) -> None:
+        self.device = device
         specs = list(layers)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         self.programs = processors * PROGRAMS_PER_PROCESSOR
@@ -65,17 +69,17 @@ class Launch:
         self.group = spec.num_heads // spec.num_kv_heads
         self.dim_pad = power_of_two(spec.head_dim)
         self.tile = 64 if self.dim_pad <= 128 else 32
+        self.overlaps = can_overlap(workspace.device)
         self.tiling = (self.tile, spec.window, spec.num_kv_heads)
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Store `key` and `value` [N, num_kv_heads, head_dim] at `slots` int64 [N]; where negative, clear `out[n]`."""
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: KeyValueSlots) -> None:
+        """Store `key` and `value` [N, num_kv_heads, head_dim] in their slots."""
         spec = self.spec
-        write_kv[(len(slots),)](
-            key, value, slots, pool[0], pool[1], out, *key.stride(), *value.stride(), spec.num_heads * spec.head_dim,
+        write_kv[(len(key),)](
+            key, value, slots.slot_mapping, slots.keys, slots.values, *key.stride(), *value.stride(),
             HEADS=spec.num_kv_heads, DIM=spec.head_dim, PAGE=self.block_size,
-            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, OUT_PAD=power_of_two(spec.num_heads * spec.head_dim),
+            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, PDL=self.overlaps,
+            launch_pdl=self.overlaps,
         )  # fmt: skip
 
     def list_tiles(self, batch: AttentionBatch) -> TileList:
@@ -83,16 +87,16 @@ class Launch:
         rows, device = len(batch.seq_lens), batch.seq_lens.device
         most = rows * -(-batch.max_seq_len // self.tile)
         pages = max(1, self.tile // self.block_size)
-        codes, listed = (torch.empty(most * width, dtype=torch.int32, device=device) for width in (1, pages))
+        owners, codes, listed = (torch.empty(most * width, dtype=torch.int32, device=device) for width in (1, 1, pages))
         ends, arrivals = (
             torch.empty(rows * width, dtype=torch.int32, device=device) for width in (1, self.spec.num_kv_heads)
         )
         list_tiles[(rows,)](
-            *self._rows(batch), codes, listed, ends, arrivals, rows, self.spec.window or 0,
+            *self._rows(batch), owners, codes, listed, ends, arrivals, rows, self.spec.window or 0,
             HEADS=self.spec.num_kv_heads, PAGE=self.block_size, TILE=self.tile, ROWS_PAD=power_of_two(rows),
             CHUNK=CHUNK, WINDOW=self.spec.window is not None, num_warps=4,
         )  # fmt: skip
-        return TileList(codes, listed, ends, arrivals)
+        return TileList(owners, codes, listed, ends, arrivals)
 
     def decode(
         self, query: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, tiles: TileList, batch: AttentionBatch
@@ -100,12 +104,12 @@ class Launch:
         """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`; other rows are left alone."""
         spec, workspace, shares = self.spec, self.workspace, self.workspace.shares(self.spec)
         attend_one[(shares, spec.num_kv_heads)](
-            query, pool[0], pool[1], out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.codes,
-            tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
+            query, pool[0], pool[1], out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.owners,
+            tiles.codes, tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
             spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
             TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares,
-            SHARES_PAD=power_of_two(shares), WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
-            num_warps=4, num_stages=STAGES,
+            WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
+            PDL=self.overlaps, launch_pdl=self.overlaps, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
 
     def prefill(

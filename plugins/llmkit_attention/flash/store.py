@@ -6,13 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def write_kv(
-    key, value, slots, key_pool, value_pool, out,
-    key_n, key_h, key_d, value_n, value_h, value_d, width,
+    key, value, slots, key_pool, value_pool,
+    key_n, key_h, key_d, value_n, value_h, value_d,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, HEADS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    OUT_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: [HEADS, DIM] of `key` and `value` to slot `slots[token]`; a negative slot stores nothing and clears
-    the token's row of `out` [N, width]."""
+    """One program a token: [HEADS, DIM] of `key` and `value` to slot `slots[token]`; a negative slot stores nothing."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot >= 0:
@@ -24,6 +26,3 @@ def write_kv(
         values = tl.load(value + token * value_n + head * value_h + dim * value_d, mask=real)
         tl.store(key_pool + target, keys, mask=real)
         tl.store(value_pool + target, values, mask=real)
-    else:
-        column = tl.arange(0, OUT_PAD)
-        tl.store(out + token * width + column, tl.zeros([OUT_PAD], out.dtype.element_ty), mask=column < width)
