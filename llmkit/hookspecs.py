@@ -25,6 +25,7 @@ class StepEvent:
 
     `num_running`, `num_waiting`, `cache` and the slots stand as they were while it ran, before requests that it ended
     left. `num_reserved_slots`: KV slots in used blocks; `num_unwritten_slots`: those that no step has written yet.
+    `sent_at`: the launch had returned. `device_seconds`: see `StepResult`.
     """
 
     plan: StepPlan
@@ -38,6 +39,8 @@ class StepEvent:
     cache: CacheStats
     num_reserved_slots: int = 0
     num_unwritten_slots: int = 0
+    sent_at: float = 0.0
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,13 +186,17 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample."""
+    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample.
+
+    `device_seconds`: how long the device worked on this step and on earlier ones not reported yet; None if unknown.
+    """
 
     step_id: int
     token_ids: Sequence[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

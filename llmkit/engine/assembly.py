@@ -9,6 +9,7 @@ import pluggy
 import torch
 
 from llmkit.engine.decode_graph import DecodeGraphs
+from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.engine import Engine
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.inputs import InputBuilder
@@ -73,7 +74,8 @@ def build_engine(
     tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=device)
     sampler = Sampler(vocab_size, max_num_seqs, device, eos)
     graphs = _graphs(network, backend, sampler, tokens, inputs) if settings.graphs and device.type == "cuda" else None
-    executor = TorchExecutor(network, backend, sampler, inputs, tokens, graphs)
+    timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    executor = TorchExecutor(network, backend, sampler, inputs, tokens, graphs, timer)
     bound_by = "the cache" if max_model_len < reach else "the model"
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth

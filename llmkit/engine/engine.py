@@ -26,6 +26,7 @@ class _InFlight:
     plan: StepPlan
     planned_at: float
     launched_at: float
+    sent_at: float = 0.0
     pending: PendingStep | None = None
     fault: BaseException | None = None
 
@@ -113,6 +114,8 @@ class Engine:
         except BaseException as fault:
             step.fault = fault
             raise
+        finally:
+            step.sent_at = self.clock.now()
 
     def _land(self, step: _InFlight) -> None:
         """Advance lengths, append tokens, check stops, tell the observers."""
@@ -126,7 +129,8 @@ class Engine:
         slots = cache.num_used_blocks * planner.allocator.spec.block_size, planner.num_unwritten_slots
         new_tokens = self._take_in(step.plan, result, landed_at)
         times = step.planned_at, step.launched_at, landed_at, self.clock.now()
-        self.hooks.llmkit_step_finished(event=StepEvent(step.plan, *times, new_tokens, *before, *slots))
+        event = StepEvent(step.plan, *times, new_tokens, *before, *slots, step.sent_at, result.device_seconds)
+        self.hooks.llmkit_step_finished(event=event)
 
     def _take_in(self, plan: StepPlan, result: StepResult, now: float) -> dict[str, int]:
         """Take a step's results in; how many tokens each request got."""

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmkit.engine.decode_graph import DecodeGraphs
+from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
@@ -26,17 +27,20 @@ class _Launched:
     sampling_rows: tuple[int, ...]
     sampled: Sampled | None
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    timer: DeviceTimer | None = None
 
     def wait(self) -> StepResult:
         token_ids = [-1] * self.num_rows
         if self.sampled is None:
-            return StepResult(self.step_id, token_ids, prompt_logprobs=self.prompt_logprobs)
+            seconds = None if self.timer is None else self.timer.take()
+            return StepResult(self.step_id, token_ids, {}, self.prompt_logprobs, {}, seconds)
         rows = self.sampling_rows
         for row, token_id in zip(rows, self.sampled.tolist(), strict=True):
             token_ids[row] = token_id
         logprobs = {rows[index]: entry for index, entry in self.sampled.logprobs.items()}
         errors = {rows[index]: message for index, message in self.sampled.errors.items()}
-        return StepResult(self.step_id, token_ids, logprobs, self.prompt_logprobs, errors)
+        seconds = None if self.timer is None else self.timer.take()
+        return StepResult(self.step_id, token_ids, logprobs, self.prompt_logprobs, errors, seconds)
 
 
 class TorchExecutor:
@@ -51,6 +55,7 @@ class TorchExecutor:
         inputs: InputBuilder,
         tokens: torch.Tensor,
         graphs: DecodeGraphs | None = None,
+        timer: DeviceTimer | None = None,
     ) -> None:
         self.network = network
         self.backend = backend
@@ -58,12 +63,21 @@ class TorchExecutor:
         self.inputs = inputs
         self.tokens = tokens
         self.graphs = graphs
+        self.timer = timer
         self._admissions: dict[int, Admission] = {}
         self._with_prompt_logprobs: set[int] = set()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> _Launched:
         """Enqueue a step. Nothing here waits for the device."""
+        if self.timer is None:
+            return self._enqueue(plan)
+        with self.timer.timing():
+            launched = self._enqueue(plan)
+        launched.timer = self.timer
+        return launched
+
+    def _enqueue(self, plan: StepPlan) -> _Launched:
         for admission in plan.admissions:
             self._admit(admission)
         self.inputs.apply(plan)

@@ -107,6 +107,8 @@ class MetricsRecorder:
                 event.cache.num_free_blocks,
                 event.num_reserved_slots,
                 event.num_unwritten_slots,
+                event.sent_at,
+                event.device_seconds,
             )
         )
 

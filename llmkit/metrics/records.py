@@ -87,3 +87,5 @@ class StepRecord:
     num_free_blocks: int
     num_reserved_slots: int
     num_unwritten_slots: int
+    sent_at: float
+    device_seconds: float | None = None

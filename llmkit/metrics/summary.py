@@ -130,8 +130,8 @@ def engine_numbers(
         "prefix_hit_tokens": num_hit,
         "prefix_queried_tokens": num_prompt,
         "prefix_hit_rate": _share(num_hit, num_prompt),
-        "host_us_per_step": host_seconds(steps) / len(steps) * 1e6 if steps else None,
-        "gpu_idle": None if device == "cpu" or on_device is None else 1.0 - on_device,
+        "host_us_per_step": host_seconds(steps, device) / len(steps) * 1e6 if steps else None,
+        "gpu_idle": None if on_device is None else 1.0 - on_device,
     }
 
 

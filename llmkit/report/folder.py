@@ -59,6 +59,6 @@ def request_row(record: RequestRecord, start: float) -> dict[str, Any]:
 def step_row(record: StepRecord, start: float) -> dict[str, Any]:
     """One line of `steps.jsonl`: times in seconds from the start of the run."""
     row = asdict(record)
-    for name in ("planned_at", "launched_at", "landed_at", "finished_at"):
+    for name in ("planned_at", "launched_at", "sent_at", "landed_at", "finished_at"):
         row[name] -= start
     return row

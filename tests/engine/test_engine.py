@@ -230,7 +230,7 @@ def test_observers_hear_of_every_step() -> None:
     assert [(event.num_running, event.num_waiting) for event in observer.steps] == [(2, 0), (2, 0), (1, 0)]
     assert [event.cache.num_used_blocks for event in observer.steps] == [3, 3, 2]
     for event in observer.steps:
-        assert event.planned_at <= event.launched_at <= event.landed_at <= event.finished_at
+        assert event.planned_at <= event.launched_at <= event.sent_at <= event.landed_at <= event.finished_at
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from llmkit.metrics.device_time import host_seconds, in_flight_seconds
+from llmkit.metrics.device_time import host_seconds
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.metrics.records import RequestRecord, StepRecord
 from llmkit.metrics.summary import GoodputLimits, distribution, summarise
@@ -27,13 +28,14 @@ def request(name: str, arrival: float, token_times: list[float], reason: str = "
 
 
 def step(launched: float, landed: float, used: int = 1, idle: float = 0.0, **changes: int) -> StepRecord:
-    """Planned 0.01 s before its launch, taken in 0.02 s after it landed; 10 blocks in all."""
+    """Planned 0.01 s before its launch, which takes 0.05 s, taken in 0.02 s after it landed; 10 blocks in all."""
     counts = dict.fromkeys(
         ("num_rows", "num_tokens", "num_new_tokens", "num_recomputed_tokens", "num_running", "num_waiting"), 1
     )
     slots = {"num_reserved_slots": used * 4, "num_unwritten_slots": 1}
     blocks = {"num_used_blocks": used, "num_cached_blocks": 0, "num_free_blocks": 10 - used}
-    return StepRecord(0, launched - 0.01, launched, landed, landed + 0.02, idle, **(counts | slots | blocks | changes))
+    times = {"launched_at": launched, "sent_at": launched + 0.05, "landed_at": landed, "finished_at": landed + 0.02}
+    return StepRecord(0, launched - 0.01, idle_before=idle, **times, **(counts | slots | blocks | changes))
 
 
 def recorded(
@@ -137,19 +139,21 @@ def test_a_deadline_is_met_by_the_last_token_of_a_completed_request() -> None:
     assert summarise(recorded(records[2:]))["deadlines_met"] is None
 
 
-def test_host_time_of_steps_that_follow_each_other() -> None:
-    steps = [step(0.10, 0.50), step(0.60, 1.00), step(1.50, 2.00, idle=0.40)]
-    # plan the first 0.01, gap 0.10, gap 0.50 of which 0.40 slept, take in the last 0.02
-    assert host_seconds(steps) == pytest.approx(0.01 + 0.10 + 0.10 + 0.02)
-    assert in_flight_seconds(steps) == pytest.approx(0.4 + 0.4 + 0.5)
-    assert summarise(recorded(TWO, steps, 2.0))["gpu_idle"] is None
-    assert summarise(recorded(TWO, steps, 2.0), device="cuda")["gpu_idle"] == pytest.approx(1 - 1.3 / 2)
+STEPS = [step(0.10, 0.50), step(0.30, 0.90), step(0.70, 1.30, idle=0.40)]
 
 
-def test_host_time_behind_a_step_in_flight_is_free() -> None:
-    steps = [step(0.10, 0.50), step(0.30, 0.90), step(0.70, 1.30)]
-    assert host_seconds(steps) == pytest.approx(0.01 + 0.02)
-    assert in_flight_seconds(steps) == pytest.approx(1.2)
+@pytest.mark.parametrize(("device", "each"), [("cpu", 0.01 + 0.02), ("cuda", 0.01 + 0.05 + 0.02)])
+def test_host_time_is_that_of_planning_launching_and_landing(device: str, each: float) -> None:
+    """Also behind a step in flight; on a CPU the launch is the computation. Waiting for results never counts."""
+    assert host_seconds(STEPS, device) == pytest.approx(3 * each)
+    assert summarise(recorded(TWO, STEPS), device=device)["host_us_per_step"] == pytest.approx(each * 1e6)
+
+
+def test_the_gpu_idles_when_it_works_on_no_step() -> None:
+    assert summarise(recorded(TWO, STEPS), device="cuda")["gpu_idle"] is None, "nobody told"
+    told = [replace(one, device_seconds=seconds) for one, seconds in zip(STEPS, (0.0, 0.7, 0.5), strict=True)]
+    assert summarise(recorded(TWO, told, 2.0), device="cuda")["gpu_idle"] == pytest.approx(1 - 1.2 / 2)
+    assert summarise(recorded(TWO, told, 1.0), device="cuda")["gpu_idle"] == 0.0, "a step from before the run"
 
 
 def test_keys_are_those_that_vllm_writes() -> None:

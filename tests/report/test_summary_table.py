@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from llmkit.metrics.recorder import MetricsRecorder
-from llmkit.metrics.records import RequestRecord
+from llmkit.metrics.records import RequestRecord, StepRecord
 from llmkit.metrics.summary import GoodputLimits, summarise
 from llmkit.report.run_plot import run_picture
 from llmkit.report.summary_table import milliseconds, number, overview, percent, print_summary
@@ -32,10 +32,11 @@ def test_goodput_and_gpu_idle_are_shown_only_where_they_exist() -> None:
     assert "deadlines met" not in plain
     assert (plain["input throughput"], plain["output throughput"]) == ("1.5 tok/s", "0.5 tok/s")
     recorder.requests["a"].deadline = 0.4
+    recorder.steps.append(StepRecord(*[0] * 17, sent_at=0.0, device_seconds=0.5))
     full = dict(overview(summarise(recorder, GoodputLimits(ttft_ms=600), device="cuda")))
     assert full["goodput"] == "0.50 req/s"
     assert full["deadlines met"] == "0.0 %"
-    assert full["GPU idle"] == "at least 100.0 %"
+    assert full["GPU idle"] == "at least 75.0 %"
 
 
 def test_an_empty_run_can_be_printed_and_drawn() -> None:

@@ -6,6 +6,9 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -120,6 +123,22 @@ def test_waiting_for_arrivals_is_not_host_time() -> None:
     _, recorder = play(target, some([3.0, 6.0]))
     assert sum(step.idle_before for step in recorder.steps) == pytest.approx(3.0 + 6.0 - 3.03)
     assert summarise(recorder)["host_us_per_step"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_device_time_is_that_of_the_results() -> None:
+    target = fake_target(cost=lambda plan: 0.5)
+    launch = target.engine.executor.launch
+
+    def launch_timed(plan: StepPlan) -> Any:
+        pending = launch(plan)
+        wait = pending.wait
+        return SimpleNamespace(wait=lambda: replace(wait(), device_seconds=0.25))
+
+    target.engine.executor = SimpleNamespace(launch=launch_timed)
+    _, recorder = play(target, some([3.0, 6.0]))
+    assert [step.device_seconds for step in recorder.steps] == [0.25] * len(recorder.steps)
+    idle = summarise(recorder, device="cuda")["gpu_idle"]
+    assert idle == pytest.approx(1 - 0.25 * len(recorder.steps) / recorder.duration) and 0 < idle < 1
 
 
 def test_real_time_waits_for_arrivals() -> None:
