@@ -23,11 +23,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults, no_such_option
-from llmkit.errors import ConfigError, unknown_name
+from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults
+from llmkit.errors import ConfigError, no_such_option, unknown_name
 from llmkit.registry import KINDS, RESERVED, Registry
 
 MISSING = "???"
+GROUPS = (*KINDS, *SECTIONS, "experiment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,9 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {str(error).splitlines()[0]}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, name = error.missing_cfg_file.rpartition("/")
+        group, _, name = error.missing_cfg_file.partition("/")
+        if group not in GROUPS:
+            group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(group, name, error.options, registry.notes() if group in KINDS else ())
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n)", text):
@@ -142,6 +145,8 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
 def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
     """Say which options the part that `key` belongs to has, in the component chosen by `argv` or by default."""
     head, _, option = key.partition(".")
+    if key == "experiment":
+        return "no experiment is chosen unless you add one: write +experiment=NAME"
     if head not in (*KINDS, *SECTIONS) or not option:
         return unknown_name("option or group", key, [*RunConfig.model_fields, "experiment"])
     option = option.partition(".")[0]

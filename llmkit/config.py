@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
-from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
 from llmkit.engine.settings import EngineSettings as EngineSettings
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, explain
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import KINDS, RESERVED, Registry
 from llmkit.types import SamplingParams
@@ -104,50 +102,4 @@ def validate(model: type[M], values: Any, key: str = "") -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(model, problem, key) for problem in error.errors())) from None
-
-
-def _explain(model: type[BaseModel], problem: Any, key: str) -> str:
-    path = [str(part) for part in problem["loc"]]
-    dotted = ".".join([key, *path] if key else path)
-    if problem["type"] == "extra_forbidden" and len(path) == 1:
-        return no_such_option(model, path[0], key)
-    if problem["type"] == "missing":
-        return f"{dotted}: a value is required"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"{dotted}: {message}" if dotted else str(message)
-    limits = "" if problem["type"] == "literal_error" else allowed(model, path[0])
-    return f"{dotted}={problem['input']!r}: {message}" + (f" (allowed: {limits})" if limits else "")
-
-
-def no_such_option(model: type[BaseModel], option: str, key: str = "") -> str:
-    """One line for an option that `model` does not have: the nearest one and all."""
-    options = list(model.model_fields)
-    near = get_close_matches(option, options, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{key}{'.' if key else ''}{option}: no such option{hint} (options: {', '.join(options) or 'none'})"
-
-
-def allowed(model: type[BaseModel], field: str) -> str:
-    """What `field` takes in words, such as "integer, 1 to 4096"; empty if its type says nothing simple."""
-    try:
-        schema = model.model_json_schema().get("properties", {}).get(field, {})
-    except PydanticUserError:  # a type of the component's own that has no JSON schema
-        return ""
-    parts = [_in_words(part) for part in schema.get("anyOf", [schema])]
-    return " or ".join(part for part in parts if part)
-
-
-def _in_words(schema: Mapping[str, Any]) -> str:
-    if "enum" in schema:
-        return " or ".join(str(value) for value in schema["enum"])
-    kind = str(schema.get("type", ""))
-    if kind == "array":
-        return f"list of {_in_words(schema.get('items', {})) or 'values'}"
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if low is not None and high is not None:
-        return f"{kind}, {low} to {high}"
-    bounds = {"at least": low, "above": above, "at most": high, "below": below}
-    return ", ".join([kind, *(f"{word} {value}" for word, value in bounds.items() if value is not None)])
+        raise ConfigError(explain(model, error, key)) from None

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llmkit.errors import ConfigError, explain
 
 from llmkit.rows import DecodeRows as DecodeRows
 from llmkit.rows import ScheduledRequest as ScheduledRequest
@@ -38,7 +40,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(BaseModel):
-    """How to choose tokens for one request. Every field is bounded; unknown fields are refused.
+    """How to choose tokens for one request. Every field is bounded; ConfigError, one line, names what is wrong.
 
     `temperature=0` is greedy. `top_k=0`, `top_p=1` and `min_p=0` switch the filters off. Penalties follow
     the usual definitions (repetition: Keskar et al. 2019; presence and frequency: OpenAI's API).
@@ -48,25 +50,67 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
-    max_tokens: int = Field(default=16, ge=1, le=1 << 20)
-    min_tokens: int = Field(default=0, ge=0, le=1 << 20)
-    temperature: float = Field(default=1.0, ge=0.0, le=100.0)
-    top_k: int = Field(default=0, ge=0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
-    allowed_token_ids: tuple[int, ...] | None = Field(default=None, min_length=1)
-    bad_token_ids: tuple[int, ...] = ()
-    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    stop: tuple[str, ...] = Field(default=(), max_length=16)
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=128)
-    ignore_eos: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    if not TYPE_CHECKING:  # keywords stay typed
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError(explain(type(self), error)) from None
+
+        __init__.__pydantic_base_init__ = True  # `model_validate` does without it and raises ValidationError
+
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="samples of one prompt")
+    max_tokens: int = Field(default=16, ge=1, le=1 << 20, description="most output tokens")
+    min_tokens: int = Field(
+        default=0, ge=0, le=1 << 20, description="no stop, no end of text before so many output tokens"
+    )
+    temperature: float = Field(
+        default=1.0, ge=0.0, le=100.0, description="0 is greedy; above 1 flattens, below 1 sharpens"
+    )
+    top_k: int = Field(default=0, ge=0, description="only the so many likeliest tokens; 0: all")
+    top_p: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="only the likeliest tokens that make up this probability"
+    )
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="only tokens at least this likely, relative to the likeliest"
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, le=10.0, description="logits of tokens seen are divided (if negative, multiplied) by it"
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="taken off the logit of every token in the output"
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="taken off once for each time a token is in the output"
+    )
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict, max_length=1024, description="token id: what is added to its logit, -100 to 100"
+    )
+    allowed_token_ids: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="no other token may be chosen; null: any"
+    )
+    bad_token_ids: tuple[int, ...] = Field(default=(), description="tokens that may not be chosen")
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=1 << 63,
+        description="seed of the noise; null: derived from engine.seed and the request's number",
+    )
+    stop: tuple[str, ...] = Field(
+        default=(), max_length=16, description="texts that end the output and are not part of it"
+    )
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=128, description="tokens that end the output")
+    ignore_eos: bool = Field(default=False, description="go on after the end-of-text token")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="log-probabilities of the sampled and so many likeliest tokens; null: none",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="the same for the prompt's tokens"
+    )
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from llmkit.errors import ConfigError
 from llmkit.types import (
     Completion,
     FinishReason,
@@ -48,20 +49,36 @@ def test_values_within_bounds_are_taken(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, bad) in BOUNDS.items() for value in bad])
 def test_values_beyond_bounds_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         SamplingParams(**{name: value})
+    assert "\n" not in str(caught.value)
     assert name in str(caught.value) or name.replace("_", " ") in str(caught.value)
 
 
+def test_a_wrong_value_is_one_line_with_field_value_and_range() -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(max_tokens=0, top_p=2.0)
+    first, second = str(caught.value).split("; ")
+    assert first == "max_tokens=0: Input should be greater than or equal to 1 (allowed: integer, 1 to 1048576)"
+    assert second == "top_p=2.0: Input should be less than or equal to 1 (allowed: number, above 0.0, at most 1.0)"
+    with pytest.raises(ValidationError):
+        SamplingParams.model_validate({"max_tokens": 0})
+    assert SamplingParams.model_validate({"max_tokens": 3}) == SamplingParams(max_tokens=3)
+
+
+def test_every_parameter_is_described() -> None:
+    assert all(field.description for field in SamplingParams.model_fields.values())
+
+
 def test_unknown_parameters_are_refused_and_known_ones_cannot_be_changed() -> None:
-    with pytest.raises(ValidationError, match="temprature"):
+    with pytest.raises(ConfigError, match="temprature: no such option; did you mean 'temperature'"):
         SamplingParams(temprature=0.5)  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="frozen"):
         SamplingParams().temperature = 0.5  # type: ignore[misc]
 
 
 def test_at_least_cannot_exceed_at_most() -> None:
-    with pytest.raises(ValidationError, match="min_tokens=9 is above max_tokens=8"):
+    with pytest.raises(ConfigError, match=r"^min_tokens=9 is above max_tokens=8"):
         SamplingParams(min_tokens=9, max_tokens=8)
 
 

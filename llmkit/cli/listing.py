@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmkit.config import SECTIONS, allowed, defaults
-from llmkit.errors import ConfigError, unknown_name
+from llmkit.config import SECTIONS, defaults
+from llmkit.errors import ConfigError, allowed, unknown_name
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
 

@@ -145,6 +145,8 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["-m", "cache=paged,x"], "unknown cache 'x' (choices: contiguous, paged)"),
         (["schedulr=continuous"], "unknown option or group 'schedulr'; did you mean 'scheduler'?"),
         (["foo=1"], "unknown option or group 'foo' (choices: attention, cache, engine, experiment, model, "),
+        (["experiment=schedulers"], "no experiment is chosen unless you add one: write +experiment=NAME"),
+        (["scheduler=conf/static"], "unknown scheduler 'conf/static'; did you mean 'static'? (choices: continuous, "),
         (["foo.bar=1"], "unknown option or group 'foo.bar'"),
         (["scheduler.max_num_seq=3"], "scheduler.max_num_seq: no such option; did you mean 'max_num_seqs'? (options: "),
         (["scheduler=mine", "scheduler.ageing_seconds=3"], "scheduler.ageing_seconds: no such option (options: max_"),

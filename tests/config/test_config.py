@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from llmkit import ConfigError, EngineSettings, SamplingParams, Settings, load_plugins
-from llmkit.config import Choice, RunConfig, allowed, choose, defaults, no_such_option, plain, resolve, validate
+from llmkit.config import Choice, RunConfig, choose, defaults, plain, resolve, validate
+from llmkit.errors import allowed, did_you_mean, no_such_option, unknown_name
 from llmkit.registry import Registry
 
 
@@ -168,6 +169,13 @@ def test_defaults_of_every_component_validate(registry: Registry) -> None:
 )
 def test_allowed_says_it_in_words(model: type[BaseModel], option: str, words: str) -> None:
     assert allowed(model, option) == words
+
+
+def test_nobody_is_asked_whether_they_meant_what_they_wrote() -> None:
+    assert did_you_mean("seed", ["seed", "fused"]) == ""
+    assert did_you_mean("sed", ["seed", "fused"]) == "; did you mean 'seed'?"
+    assert unknown_name("part", "paged", ["paged"]) == "unknown part 'paged' (choices: paged)"
+    assert no_such_option(Part, "path") == "path: no such option (options: path, ratio, limit, sizes, table, opaque)"
 
 
 def test_validate_without_a_key_and_no_such_option() -> None:
