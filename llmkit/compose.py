@@ -1,6 +1,6 @@
 """Composing a run from the command line with Hydra: options into the ConfigStore, plain data out, errors in one line.
 
-The only file, with `llmkit.run`, that knows Hydra. Nothing here decides what an option means: that is
+The only file that knows Hydra. Nothing here decides what an option means: that is
 `llmkit.config`; here its defaults become groups, so that a foreign plugin appears in `--help` and sweeps by itself.
 """
 

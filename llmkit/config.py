@@ -1,6 +1,6 @@
 """The shape of a run: engine settings, chosen components and their options, validated before anything heavy loads.
 
-Torch-free and without Hydra: `llmkit.LLM` and `llmkit.run` both end here. Errors are one line with the dotted key.
+Torch-free and without Hydra: `llmkit.LLM` and `llmkit.runner` both end here. Errors are one line with the dotted key.
 """
 
 from __future__ import annotations

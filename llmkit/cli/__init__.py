@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from llmkit.errors import LlmkitError
+from llmkit.run import main as run
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -16,8 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:
-        from llmkit.run import main as run
-
         return run(words[1:])
     if words[:1] == ["__complete"]:
         from llmkit.cli.completion import complete

@@ -26,6 +26,18 @@ COLUMNS = {
 NAME = "benchmark_grid"
 
 
+def reason_to_keep(plots_dir: Path, result: Mapping[str, Any]) -> str:
+    """Why what `plots_dir` holds should not be replaced by this result; empty: nothing speaks against it."""
+    if result["interrupted"]:
+        return "this run was interrupted"
+    try:
+        num_cells = len((plots_dir / f"{NAME}.csv").read_text(encoding="utf-8").splitlines()) - 1
+    except (OSError, UnicodeDecodeError):
+        return ""
+    num_rows = len(result["rows"])
+    return f"its grid has {num_cells} cells, this one {num_rows}" if num_cells > num_rows else ""
+
+
 def write_grid(run_dir: Path, result: Mapping[str, Any], plots_dir: Path | None, config_text: str = "") -> list[Path]:
     """`result.json` in the run folder; table and picture there and in `plots_dir`. Returns what to open first."""
     written = [write_result(run_dir, result, config_text)]

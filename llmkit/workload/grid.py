@@ -12,7 +12,7 @@ from rich.console import Console
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.metrics.grid import Cell, Timing, compare_tokens, summarise_grid, timing
 from llmkit.metrics.summary import SCHEMA_VERSION
-from llmkit.report.grid import print_grid, write_grid
+from llmkit.report.grid import print_grid, reason_to_keep, write_grid
 from llmkit.report.progress import Progress
 from llmkit.types import SamplingParams
 from llmkit.workload.interrupt import Interrupt, deferred_interrupt
@@ -63,8 +63,12 @@ class GridWorkload:
             **provenance("grid", self.settings, context),
             "baseline": {"name": "transformers.generate, one prompt after the other", **naive.describe()},
         }
-        print_grid(context.console or Console(), result)
-        files = write_grid(context.run_dir, result, context.plots_dir, context.config_text)
+        console, plots_dir = context.console or Console(), context.plots_dir
+        print_grid(console, result)
+        if plots_dir is not None and (reason := reason_to_keep(plots_dir, result)):
+            console.print(f"{plots_dir} stays as it is: {reason}", style="yellow", highlight=False, markup=False)
+            plots_dir = None
+        files = write_grid(context.run_dir, result, plots_dir, context.config_text)
         return RunOutcome(result, tuple(files), interrupted)
 
     def _check(self, target: Target) -> None:

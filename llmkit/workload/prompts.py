@@ -26,14 +26,18 @@ def prompt_source(prompt_file: str, bounds: ModelBounds, rng: np.random.Generato
     return cut
 
 
+def read_text(prompt_file: str) -> str:
+    """What the file holds; ConfigError if it cannot be read."""
+    try:
+        return Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"workload.prompt_file={prompt_file!r} cannot be read: {error}") from None
+
+
 def _encode_file(prompt_file: str, bounds: ModelBounds) -> list[int]:
     if bounds.encode is None:
         raise ConfigError(f"workload.prompt_file={prompt_file!r}: the model has no tokenizer to encode it with")
-    try:
-        text = Path(prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"workload.prompt_file={prompt_file!r} cannot be read: {error}") from None
-    tokens = bounds.encode(text)
+    tokens = bounds.encode(read_text(prompt_file))
     if not tokens:
         raise ConfigError(f"workload.prompt_file={prompt_file!r} holds no text")
     return tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmkit.report.summary_table import print_summary
 from llmkit.types import SamplingParams
 from llmkit.workload.driver import Played, run_workload
 from llmkit.workload.named import WORKLOADS
+from llmkit.workload.prompts import read_text
 from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome, Target
 from llmkit.workload.requests import TimedRequest, check_fits
 from llmkit.workload.settings import (
@@ -28,10 +29,11 @@ from llmkit.workload.settings import (
     NamedSettings,
     PoissonSettings,
     ServedSettings,
+    SyntheticSettings,
     TraceSettings,
 )
 from llmkit.workload.synthesis import synthesise
-from llmkit.workload.trace import read_trace
+from llmkit.workload.trace import read_rows, timed_requests
 
 WARM_UP_TOKENS = 4
 Build = Callable[[ModelBounds], list[TimedRequest]]
@@ -71,8 +73,8 @@ class ServedWorkload:
             files = write_run(context.run_dir, result, recorder, context.config_text)
         console = context.console or Console()
         print_summary(console, result["title"], result)
-        for refusal in sorted(set(played.refusals.values()))[:3]:
-            console.print(f"refused: {refusal}", style="red", highlight=False, markup=False)
+        for error in result["errors"]:
+            console.print(error, style="red", highlight=False, markup=False)
         return RunOutcome(result, tuple(files), played.interrupted)
 
     def _result(
@@ -84,6 +86,7 @@ class ServedWorkload:
         return {
             **summarise(recorder, goodput, context.device, played.interrupted),
             "num_prompts": num_prompts,
+            "errors": errors(played),
             "title": title(self.name, context.labels),
             "backend": "llmkit",
             "model_id": context.labels.get("model"),
@@ -91,6 +94,13 @@ class ServedWorkload:
             "burstiness": getattr(settings, "burstiness", 1.0),
             **provenance(self.name, settings, context),
         }
+
+
+def errors(played: Played) -> list[str]:
+    """Up to three different reasons why requests were refused or failed."""
+    refused = sorted({f"refused: {refusal}" for refusal in played.refusals.values()})
+    failed = sorted({f"failed: {c.error}" for c in played.completions.values() if c.error is not None})
+    return [*refused, *failed][:3]
 
 
 def warm_up(target: Target, requests: Sequence[TimedRequest]) -> None:
@@ -128,28 +138,33 @@ def provenance(name: str, settings: Any, context: RunContext) -> dict[str, Any]:
 
 def batch(settings: BatchSettings) -> ServedWorkload:
     """All requests at once."""
-    return ServedWorkload("batch", settings, lambda bounds: synthesise(settings, math.inf, 1.0, bounds))
+    return _synthetic("batch", settings, math.inf)
 
 
 def poisson(settings: PoissonSettings) -> ServedWorkload:
     """Poisson arrivals."""
-    return ServedWorkload("poisson", settings, lambda bounds: synthesise(settings, settings.rate, 1.0, bounds))
+    return _synthetic("poisson", settings, settings.rate)
 
 
 def gamma(settings: GammaSettings) -> ServedWorkload:
     """Gamma inter-arrival times."""
-    return ServedWorkload(
-        "gamma", settings, lambda bounds: synthesise(settings, settings.rate, settings.burstiness, bounds)
-    )
+    return _synthetic("gamma", settings, settings.rate, settings.burstiness)
 
 
 def trace(settings: TraceSettings) -> ServedWorkload:
-    """A recorded trace: what the engine refuses counts as failed."""
-    return ServedWorkload("trace", settings, lambda bounds: read_trace(settings, bounds), is_checked=False)
+    """A recorded trace, read at once: what the engine refuses counts as failed."""
+    rows = read_rows(settings)
+    return ServedWorkload("trace", settings, lambda bounds: timed_requests(rows, settings, bounds), is_checked=False)
+
+
+def _synthetic(name: str, settings: SyntheticSettings, rate: float, burstiness: float = 1.0) -> ServedWorkload:
+    if settings.prompt_file:
+        read_text(settings.prompt_file)  # a wrong name is told before a model loads
+    return ServedWorkload(name, settings, lambda bounds: synthesise(settings, rate, burstiness, bounds))
 
 
 def _preset(name: str) -> Callable[[PoissonSettings], ServedWorkload]:
-    return lambda settings: replace(poisson(settings), name=name)
+    return lambda settings: _synthetic(name, settings, settings.rate)
 
 
 def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:

@@ -43,17 +43,27 @@ class TraceRow(BaseModel):
         return self
 
 
-def read_trace(settings: TraceSettings, bounds: ModelBounds) -> list[TimedRequest]:
-    """The trace's requests in order of arrival; ConfigError names the file and the line that is wrong.
+def read_rows(settings: TraceSettings) -> list[tuple[str, TraceRow]]:
+    """The trace's lines as (file:line, row), no model needed; ConfigError names the file and the line that is wrong."""
+    if not settings.path:
+        raise ConfigError("workload.path: name a JSONL file, one request a line")
+    rows = list(islice(_rows(Path(settings.path)), settings.num_requests or None))
+    if not rows:
+        raise ConfigError(f"{settings.path}: the trace is empty")
+    return rows
+
+
+def timed_requests(
+    rows: Iterable[tuple[str, TraceRow]], settings: TraceSettings, bounds: ModelBounds
+) -> list[TimedRequest]:
+    """The trace's requests in order of arrival; ConfigError names the line that is text when there is no tokenizer.
 
     A prompt that the model cannot take (empty, too long, unknown token id) is not an error here: the engine refuses
     that request and the others run.
     """
-    if not settings.path:
-        raise ConfigError("workload.path: name a JSONL file, one request a line")
     draw = prompt_source("", bounds, np.random.default_rng(settings.seed))
     requests: list[TimedRequest] = []
-    for where, row in islice(_rows(Path(settings.path)), settings.num_requests or None):
+    for where, row in rows:
         if row.prompt_token_ids is not None:
             prompt = tuple(row.prompt_token_ids)
         elif row.prompt is not None:
@@ -63,8 +73,6 @@ def read_trace(settings: TraceSettings, bounds: ModelBounds) -> list[TimedReques
         else:
             prompt = draw(row.prompt_len or 0)
         requests.append(_timed(row, prompt, settings.time_scale))
-    if not requests:
-        raise ConfigError(f"{settings.path}: the trace is empty")
     return sorted(requests, key=lambda request: request.arrival_time)
 
 
@@ -106,7 +114,7 @@ def _explain(location: tuple[int | str, ...], message: str) -> str:
 
 
 def write_trace(path: Path, requests: Iterable[TimedRequest]) -> None:
-    """Write requests so that `read_trace` gives them back; fields at their defaults are left out."""
+    """Write requests so that `read_rows` gives them back; fields at their defaults are left out."""
     with path.open("w", encoding="utf-8") as file:
         for request in requests:
             values = asdict(request)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +15,8 @@ from llmkit.cli import main as llmkit_main
 from llmkit.compose import run_hydra, store
 from llmkit.config import RunConfig, resolve
 from llmkit.model.spec import ModelSpec
-from llmkit.run import Runner, main
+from llmkit.run import main
+from llmkit.runner import Runner
 
 Install = Callable[..., Path]
 SMALL = [
@@ -76,7 +72,7 @@ def test_sweep_loads_shared_weights_once(
 def test_large_weights_are_dropped_before_the_next_model_loads(
     tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmkit.run.KEPT_BYTES", 0)
+    monkeypatch.setattr("llmkit.runner.KEPT_BYTES", 0)
     runner = Runner(load_plugins()[0])
     seen: list[int] = []
     build = runner._llm
@@ -149,35 +145,27 @@ def test_broken_plugin_is_refused(install: Install, workdir: Path, capsys: pytes
     assert capsys.readouterr().err.startswith("llmkit: plugin llmkit-foreign-run:foreign_run of llmkit-foreign-run")
 
 
-WATCHER = """
-from pathlib import Path
-from llmkit import hookimpl
+def test_a_wrong_file_is_told_before_the_model_loads(
+    tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unwanted(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
 
-finished = []
-
-@hookimpl
-def llmkit_request_finished(event):
-    finished.append(event)
-    if len(finished) > 8:  # more than the workload's warm-up
-        Path("requests_finished").touch()
-"""
+    monkeypatch.setattr(llmkit.llm, "load_model", unwanted)
+    for workload, option in (("trace", "path"), ("poisson", "prompt_file")):
+        assert main(["model=tiny", f"workload={workload}", f"workload.{option}=/no/such/file"]) == 2
+        assert f"llmkit: workload.{option}='/no/such/file' cannot be read" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_was_measured(tiny_model: Path, install: Install, workdir: Path) -> None:
-    site = install("foreign_watcher", WATCHER, "llmkit-watcher")
-    argv = ["model=tiny", "workload=poisson", "workload.num_requests=4000", "scheduler.max_num_seqs=4"]
-    command = [sys.executable, "-m", "llmkit.run", *argv]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (workdir / "requests_finished").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert "interrupted" in err and "Traceback" not in err
-    (run,) = runs(workdir)
-    result = json.loads((run / "result.json").read_text())
-    assert 0 < result["completed"] < 4000
-    assert len((run / "requests.jsonl").read_text().splitlines()) >= result["completed"]
+def test_a_run_in_which_nothing_completed_is_not_a_success(
+    tiny_model: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workdir / "bad.jsonl").write_text('{"prompt_token_ids": [999999], "max_tokens": 2}\n' * 2)
+    argv = ["model=tiny", "workload=trace", "workload.path=bad.jsonl", "workload.warm_up=false"]
+    assert main(argv) == 2
+    says = "llmkit: none of the 2 requests completed; refused: token id 999999 in prompt is outside the vocabulary"
+    assert says in capsys.readouterr().err
+    assert [json.loads((run / "result.json").read_text())["failed"] for run in runs(workdir)] == [2]
+    assert main(["-m", *argv, "scheduler=static,continuous"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("none of the 2 requests completed") == 2 and "2 of the sweep's runs failed" in err

@@ -25,7 +25,11 @@ def test_every_workload_loads_with_its_defaults(registry: Registry) -> None:
     assert {"grid", "batch", "poisson", "gamma", "trace", *catalog.PRESETS, *catalog.NAMED} == set(names)
     for name in names:
         component = registry.get("workload", name)
-        assert hasattr(component.load()(component.settings()), "run")
+        if name == "trace":
+            with pytest.raises(ConfigError, match=r"workload\.path: name a JSONL file"):
+                component.load()(component.settings())
+        else:
+            assert hasattr(component.load()(component.settings()), "run")
         assert component.doc
         for option, field in component.settings.model_fields.items():
             assert field.description, f"{name}.{option} has no description"
@@ -59,3 +63,13 @@ def test_wrong_options_are_one_line(registry: Registry, options: dict[str, objec
     with pytest.raises(ConfigError, match=problem) as caught:
         choose(registry, "workload", options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["batch", "poisson", "gamma", *catalog.PRESETS])
+def test_a_file_that_cannot_be_read_is_told_before_a_model_is_there(registry: Registry, name: str) -> None:
+    component = registry.get("workload", name)
+    with pytest.raises(ConfigError, match=r"workload\.prompt_file='/no/such/file' cannot be read"):
+        component.load()(component.settings(prompt_file="/no/such/file"))
+    trace = registry.get("workload", "trace")
+    with pytest.raises(ConfigError, match=r"workload\.path='/no/such/file' cannot be read"):
+        trace.load()(trace.settings(path="/no/such/file"))

@@ -168,6 +168,8 @@ def test_outputs_that_differ_are_reported(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_the_cells_measured_so_far(tmp_path: Path) -> None:
     outcome, text = run_on_paper(tmp_path, [], interrupt_after=4, repeats=2)  # two of warm-up, one round
     assert outcome.interrupted
+    assert (tmp_path / "run" / "benchmark_grid.csv").exists() and not (tmp_path / "plots").exists()
+    assert "stays as it is: this run was interrupted" in " ".join(text.split())
     assert outcome.result["interrupted"]
     assert [len(row["naive_s"]) for row in outcome.result["rows"]] == [1, 1]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["interrupted"]
@@ -179,6 +181,21 @@ def test_ctrl_c_before_the_first_cell_still_writes_a_result(tmp_path: Path) -> N
     assert outcome.interrupted
     assert outcome.result["rows"] == []
     assert not (tmp_path / "plots" / "benchmark_grid.png").exists()
+
+
+def test_a_smaller_grid_leaves_the_pictures_of_a_larger_one(tmp_path: Path) -> None:
+    def table(folder: str) -> list[str]:
+        return (tmp_path / folder / "benchmark_grid.csv").read_text().splitlines()
+
+    run_on_paper(tmp_path, [], prompt_len=[4, 8])
+    large = table("plots")
+    assert len(large) == 1 + 2 * 2
+    outcome, text = run_on_paper(tmp_path, [], prompt_len=[4])
+    assert "plots stays as it is: its grid has 4 cells, this one 2" in " ".join(text.split())
+    assert table("plots") == large and len(table("run")) == 1 + 2
+    assert all(path.is_relative_to(tmp_path / "run") for path in outcome.files)
+    run_on_paper(tmp_path, [], prompt_len=[5, 9])
+    assert table("plots") == table("run") != large
 
 
 def test_a_grid_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:

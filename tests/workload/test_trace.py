@@ -15,7 +15,7 @@ from llmkit.errors import ConfigError
 from llmkit.workload.protocol import ModelBounds
 from llmkit.workload.requests import TimedRequest
 from llmkit.workload.settings import TraceSettings
-from llmkit.workload.trace import read_trace, write_trace
+from llmkit.workload.trace import read_rows, timed_requests, write_trace
 
 BOUNDS = ModelBounds(vocab_size=300, max_model_len=64, encode=lambda text: list(text.encode()))
 
@@ -29,6 +29,10 @@ requests = st.builds(
     deadline=st.none() | st.floats(0, 1e6),
     length_hint=st.none() | st.integers(1, 1000),
 )
+
+
+def read_trace(settings: TraceSettings, bounds: ModelBounds) -> list[TimedRequest]:
+    return timed_requests(read_rows(settings), settings, bounds)
 
 
 def write(path: Path, *lines: object) -> TraceSettings:
