@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmkit.engine.inputs import slots_and_starts
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling.transfer import to_device
-from llmkit.types import StepPlan
+from llmkit.types import DecodeRows, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class DecodeGraphs:
     def takes(self, plan: StepPlan) -> bool:
         """Whether every row of `plan` computes and samples one token, and a graph is large enough."""
         rows = plan.scheduled
-        return len(rows) <= self._buckets[-1] and all(row.num_tokens == 1 and row.samples for row in rows)
+        is_decode = isinstance(rows, DecodeRows) or all(row.num_tokens == 1 and row.samples for row in rows)
+        return is_decode and len(rows) <= self._buckets[-1]
 
     def run(self, plan: StepPlan) -> Decoded:
         """Replay a step that `takes` said yes to. Raises RuntimeError if it cannot be captured."""
@@ -125,15 +127,12 @@ class DecodeGraphs:
 
     def _inputs(self, plan: StepPlan, size: int) -> NDArray[np.int64]:
         """int64 [4, size]: each row's slot, position, KV slot and sequence length."""
-        rows = plan.scheduled
+        slots, positions = slots_and_starts(plan.scheduled)
+        columns, offsets = np.divmod(positions, self._block_size)
+        kv_slots = self._host_tables[slots, columns].astype(np.int64) * self._block_size + offsets
         inputs = np.empty((4, size), dtype=np.int64)
-        inputs[0, : len(rows)] = [row.slot for row in rows]
-        inputs[1, : len(rows)] = [row.start for row in rows]
-        slots, positions = inputs[0, : len(rows)], inputs[1, : len(rows)]
-        blocks = self._host_tables[slots, positions // self._block_size].astype(np.int64)
-        inputs[2, : len(rows)] = blocks * self._block_size + positions % self._block_size
-        inputs[3, : len(rows)] = positions + 1
-        inputs[:, len(rows) :] = [[self._spare], [0], [-1], [0]]
+        inputs[:, : len(slots)] = slots, positions, kv_slots, positions + 1
+        inputs[:, len(slots) :] = [[self._spare], [0], [-1], [0]]
         return inputs
 
     def _capture(self, size: int) -> _Captured:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.device_timer import DeviceTimer
-from llmkit.engine.inputs import InputBuilder, PackedInputs
+from llmkit.engine.inputs import InputBuilder, PackedInputs, slots_and_starts
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling import Sampled, Sampler
@@ -35,8 +35,11 @@ class _Launched:
             seconds = None if self.timer is None else self.timer.take()
             return StepResult(self.step_id, token_ids, {}, self.prompt_logprobs, {}, seconds)
         rows = self.sampling_rows
-        for row, token_id in zip(rows, self.sampled.tolist(), strict=True):
-            token_ids[row] = token_id
+        if len(rows) == self.num_rows:
+            token_ids = self.sampled.tolist()
+        else:
+            for row, token_id in zip(rows, self.sampled.tolist(), strict=True):
+                token_ids[row] = token_id
         logprobs = {rows[index]: entry for index, entry in self.sampled.logprobs.items()}
         errors = {rows[index]: message for index, message in self.sampled.errors.items()}
         seconds = None if self.timer is None else self.timer.take()
@@ -96,15 +99,15 @@ class TorchExecutor:
             rows = packed.query_start_loc[1:2].astype(np.int64) - 1
         logits = self.network(self.tokens[token_slots, positions], positions, _to(rows, device))
         num_sampling = len(packed.sampling_rows)
-        sampled = self._sample(logits[:num_sampling], plan, packed) if num_sampling else None
+        sampled = self._sample(logits[:num_sampling], packed) if num_sampling else None
         prompt_logprobs = self._prompt_logprobs(logits[num_sampling:], plan, prompt_rows)
         return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
         """A decode step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""
         decoded = graphs.run(plan)
-        rows = plan.scheduled
-        slots, ends = [row.slot for row in rows], [row.start + 1 for row in rows]
+        rows, positions = slots_and_starts(plan.scheduled)
+        slots, ends = rows.tolist(), (positions + 1).tolist()
         if self.sampler.is_plain(slots, ends):
             sampled = Sampled(decoded.token_ids, decoded.values)
         else:
@@ -134,11 +137,10 @@ class TorchExecutor:
             fresh_blocks=_to(packed.fresh_blocks, device) if len(packed.fresh_blocks) else None,
         )
 
-    def _sample(self, logits: torch.Tensor, plan: StepPlan, packed: PackedInputs) -> Sampled:
+    def _sample(self, logits: torch.Tensor, packed: PackedInputs) -> Sampled:
         """Choose tokens and write them behind the sequences they belong to."""
-        rows = [plan.scheduled[index] for index in packed.sampling_rows]
-        slots = [row.slot for row in rows]
-        return self._choose(logits, slots, [row.start + row.num_tokens for row in rows])
+        rows = list(packed.sampling_rows)
+        return self._choose(logits, packed.row_slots[rows].tolist(), packed.seq_lens[rows].tolist())
 
     def _choose(self, logits: torch.Tensor, slots: list[int], ends: list[int]) -> Sampled:
         sampled = self.sampler.sample(logits, slots, ends, self.tokens)

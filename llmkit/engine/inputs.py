@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.types import StepPlan
+from llmkit.types import DecodeRows, ScheduledRequest, StepPlan
 
 Ints = NDArray[np.int64]
 
@@ -34,6 +35,14 @@ class PackedInputs:
     query_lens: tuple[int, ...]
 
 
+def slots_and_starts(rows: Sequence[ScheduledRequest]) -> tuple[Ints, Ints]:
+    """Slot and first position of every row, int64 [R]; `DecodeRows` hold them as they are."""
+    if isinstance(rows, DecodeRows):
+        slots, starts = (np.frombuffer(column, np.int64) for column in (rows.lineup.slots, rows.lineup.starts))
+        return slots, starts + rows.shift
+    return np.array([row.slot for row in rows], np.int64), np.array([row.start for row in rows], np.int64)
+
+
 class InputBuilder:
     """Keeps the block tables of all slots and packs plans; work is proportional to the step's tokens."""
 
@@ -49,9 +58,9 @@ class InputBuilder:
     def build(self, plan: StepPlan) -> PackedInputs:
         """Pack the plan's rows; its edits have been applied."""
         rows = plan.scheduled
-        query_lens = tuple([row.num_tokens for row in rows])
-        slots = np.array([row.slot for row in rows], dtype=np.int64)
-        starts = np.array([row.start for row in rows], dtype=np.int64)
+        is_decode = isinstance(rows, DecodeRows)
+        query_lens = (1,) * len(rows) if is_decode else tuple([row.num_tokens for row in rows])
+        slots, starts = slots_and_starts(rows)
         lens = np.array(query_lens, dtype=np.int64)
         ends = np.cumsum(lens)
         if ends[-1] == len(rows):
@@ -62,7 +71,7 @@ class InputBuilder:
         token_blocks = self.block_tables[token_slots, positions // self.block_size].astype(np.int64)
         offsets = positions % self.block_size
         seq_lens = (starts + lens).astype(np.int32)
-        sampling_rows = tuple([index for index, row in enumerate(rows) if row.samples])
+        sampling = range(len(rows)) if is_decode else [index for index, row in enumerate(rows) if row.samples]
         return PackedInputs(
             row_slots=slots,
             query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
@@ -71,9 +80,9 @@ class InputBuilder:
             token_slots=token_slots,
             positions=positions,
             slot_mapping=token_blocks * self.block_size + offsets,
-            logit_tokens=ends[list(sampling_rows)] - 1,
+            logit_tokens=ends[list(sampling)] - 1,
             fresh_blocks=token_blocks[offsets == 0],
-            sampling_rows=sampling_rows,
+            sampling_rows=tuple(sampling),
             query_lens=query_lens,
         )
 

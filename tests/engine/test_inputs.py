@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmkit.engine.inputs import InputBuilder, PackedInputs
+from llmkit.rows import DecodeRows, Lineup
 from llmkit.types import BlockTableEdit, ScheduledRequest, StepPlan
 
 DTYPES = {
@@ -140,6 +142,16 @@ def test_decodes_pack_alike_alone_and_beside_a_prompt() -> None:
     assert mixed.query_start_loc.tolist() == [*alone.query_start_loc.tolist(), 5]
     assert mixed.logit_tokens.tolist() == [*alone.logit_tokens.tolist(), 4] == [0, 2, 4]
     assert alone.slot_mapping.tolist() == [8 * 4, 15 * 4 + 3, 6 * 4]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_rows_kept_as_columns_pack_like_single_ones(shift: int) -> None:
+    lineup = Lineup(("a", "b", "c"), *(array("q", column) for column in ([2, 0, 1], [5, 6, 7], [0, 8, 3])))
+    rows = DecodeRows(lineup, shift)
+    wanted = [row(2, shift, 1), row(0, 8 + shift, 1), row(1, 3 + shift, 1)]
+    assert [one[1:5] for one in rows] == [one[1:5] for one in wanted] and [one.epoch for one in rows] == [5, 6, 7]
+    packed = pack(builder_of(TABLES), StepPlan(0, rows))
+    assert_equal(packed, naive(wanted, TABLES, 4))
 
 
 def test_edits_are_applied_before_rows_are_packed() -> None:
