@@ -15,6 +15,7 @@ import torch
 
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
 from llmkit.model import layer_kernels, row_kernels
+from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit_attention.flash.backend import FlashAttention
 from tests.kernels.compiler import Resources, compiling, kernels_of_the_project, resources
 
@@ -119,10 +120,19 @@ def products_of_rows(shape: Shape) -> None:
         row_kernels.multiply_rows(tensor(rows, inner), (tensor(hidden, inner), None), residual=residual)
 
 
+def sampler(shape: Shape) -> None:
+    """The choice of tokens, with and without a table of tokens to store them in."""
+    logits, numbers = torch.empty(4, shape.vocab_size, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+    made = DeviceSampler(shape.vocab_size, 4, CPU)
+    made.choose(logits, numbers, numbers)
+    made.choose(logits, numbers, numbers, torch.zeros(4, 100, dtype=torch.int64))
+
+
 LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
     "between products": between_products,
     "products of rows": products_of_rows,
+    "sampler": sampler,
 }
 
 
