@@ -5,12 +5,12 @@
 
 from llmkit.testing.caches import check_cache
 from llmkit.testing.chaos import Chaos
+from llmkit.testing.coverage import Coverage
 from llmkit.testing.fake import FakeExecutor
 from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.reference import ReferenceCache, ReservingCache, continuation
 from llmkit.testing.schedulers import check_scheduler
 from llmkit.testing.tags import next_token
-from llmkit.testing.walk import Coverage
 
 __all__ = [
     "Chaos",

@@ -10,10 +10,11 @@ from llmkit.batching import ContinuousBatching
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.chaos import Chaos
+from llmkit.testing.coverage import Coverage
 from llmkit.testing.ledger import Ledger
 from llmkit.testing.schedulers import build_cache, build_scheduler
-from llmkit.testing.walk import Coverage, Walk
-from llmkit.testing.worlds import draw_request, draw_world
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import Draws, draw_world
 from llmkit.types import Request
 
 
@@ -47,8 +48,8 @@ def audit(cache: type[CacheAllocator], seed: int, options: Mapping[str, Any], nu
     random = Random(seed)
     spec = CacheSpec(random.randint(4, 24), random.choice((1, 2, 3, 4, 8)))
     ledger = Ledger(build_cache(cache, spec, options))
-    earlier: list[list[int]] = []
-    requests = [draw_request(random, str(n), n, 0, spec, earlier=earlier) for n in range(random.randint(1, 6))]
+    draws = Draws(random, spec)
+    requests = [draws.request(str(number), number, 0) for number in range(random.randint(1, 6))]
     for request in requests:
         request.max_num_tokens = min(request.max_num_tokens, spec.num_slots)
     try:

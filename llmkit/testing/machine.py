@@ -1,20 +1,36 @@
-"""The contract of an allocator as a hypothesis state machine: slower than the walks, but it shrinks what it finds."""
+"""The walks as hypothesis state machines: slower, but they shrink what they find.
+
+`cache_machine` is an allocator alone, `walk_machine` a whole engine under the rules of `llmkit.testing.walk`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from llmkit.engine.limits import EngineLimits
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
+from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.ledger import Ledger
-from llmkit.testing.schedulers import build_cache
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams
 
 REQUESTS = st.integers(0, 3)
 LENGTHS = st.integers(0, 40)
+PROMPTS = st.lists(st.integers(0, 1), max_size=24)
+SPECS = st.builds(CacheSpec, st.integers(4, 24), st.integers(1, 8))
+LIMITS = st.fixed_dictionaries(
+    {
+        "max_num_seqs": st.integers(1, 8),
+        "max_num_batched_tokens": st.integers(1, 30),
+        "max_chunk_tokens": st.integers(0, 4),
+    }
+)
 
 
 def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None = None) -> type[RuleBasedStateMachine]:
@@ -59,3 +75,80 @@ def _request(number: int, num_tokens: int) -> Request:
     """Even ones begin alike, odd ones too; the last belongs to another tenant."""
     params = SamplingParams(max_tokens=1)
     return Request(str(number), [number % 2] * num_tokens, params, tenant=str(number // 3), max_num_tokens=num_tokens)
+
+
+class WalkMachine(RuleBasedStateMachine):
+    """Requests over an alphabet of two tokens share a small pool; `walk_machine` says of which parts."""
+
+    scheduler: ClassVar[type[Scheduler]]
+    cache: ClassVar[type[CacheAllocator]]
+    depth: ClassVar[int]
+    options: ClassVar[Mapping[str, Any]]
+    walk: Walk
+    num_requests = 0
+
+    def begin(self, world: World) -> None:
+        """Start in `world`; its events are left to the rules."""
+        built = build_scheduler(self.scheduler, world.scheduler_options, self.options)
+        self.walk = Walk(world, built, build_cache(self.cache, world.spec, {}), self.depth)
+
+    def apply(self, rule: Rule, request_id: str = "", request: Request | None = None, number: int = 0) -> None:
+        """One rule, then every check."""
+        self.walk.apply(Event(0, rule, request_id, request, number))
+
+    @initialize(spec=SPECS, limits=LIMITS, packs=st.booleans(), looks_every=st.integers(1, 4))
+    def make(self, spec: CacheSpec, limits: dict[str, int], packs: bool, looks_every: int) -> None:
+        reach = EngineLimits(2, spec.num_slots, frozenset({1}))
+        self.begin(World(-1, spec, limits, [], reach, packs=packs, looks_every=looks_every))
+
+    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 12), ignore_eos=st.booleans(), priority=st.integers(0, 2))
+    def add(self, prompt: list[int], max_tokens: int, ignore_eos: bool, priority: int) -> None:
+        name, now = str(self.num_requests), self.walk.clock.now()
+        self.num_requests += 1
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority))
+
+    @precondition(lambda self: self.walk.engine.has_unfinished)
+    @rule(num_steps=st.integers(1, 4))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.apply(Rule.STEP)
+
+    @rule(number=st.integers(0, 9))
+    def abort(self, number: int) -> None:
+        self.apply(Rule.ABORT, str(number))
+
+    @precondition(lambda self: self.walk.engine.planner.num_running)
+    @rule(number=st.integers(0, 4))
+    def preempt(self, number: int) -> None:
+        self.apply(Rule.PREEMPT, number=number)
+
+    @rule()
+    def reset(self) -> None:
+        self.apply(Rule.RESET)
+
+    @rule(prompt=PROMPTS)
+    def probe(self, prompt: list[int]) -> None:
+        self.apply(Rule.PROBE, request=Request("probe", prompt or [0], SamplingParams(max_tokens=1)))
+
+    def teardown(self) -> None:
+        """Run to the end, where nothing may be left."""
+        if hasattr(self, "walk") and not self.walk.is_broken:
+            self.walk.finish()
+
+
+def walk_machine(
+    scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int = 0, options: Mapping[str, Any] | None = None
+) -> type[WalkMachine]:
+    """A state machine for an engine of these parts; `options` are the scheduler's. Its `TestCase` is for pytest."""
+    parts = {"scheduler": scheduler, "cache": cache, "depth": depth, "options": options or {}}
+    return type(f"{scheduler.__name__}{cache.__name__}Machine", (WalkMachine,), parts)
+
+
+def replay(machine: type[WalkMachine], walk: Walk) -> None:
+    """Take the rules of a walk that has failed through a machine of the same parts: it fails there alike."""
+    state = machine()
+    state.begin(walk.world)
+    for event in walk.trace:
+        state.walk.apply(event)
+    state.teardown()

@@ -7,9 +7,10 @@ query must find exactly the tags of its own prefix. The next token is a hash of 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 from llmkit.engine.inputs import InputBuilder
 from llmkit.testing.tags import Tag, extend, sample, tags_of
@@ -80,9 +81,10 @@ class OracleExecutor:
     in_flight: deque[_Pending] = field(default_factory=deque)
     slots: dict[int, _Stay] = field(default_factory=dict)
     inputs: InputBuilder = field(init=False)
-    _kv: dict[int, list[Tag | None]] = field(default_factory=dict)
+    _kv: defaultdict[int, list[Tag | None]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._kv = defaultdict(lambda: [None] * self.block_size)
         self.inputs = InputBuilder(self.max_num_seqs, self.max_model_len, self.block_size)
 
     def launch(self, plan: StepPlan) -> _Pending:
@@ -163,7 +165,7 @@ class OracleExecutor:
     def _write(self, row: _Row) -> None:
         for position, at in zip(range(row.start, row.end), row.writes, strict=True):
             block, offset = divmod(at, self.block_size)
-            if not offset or block not in self._kv:
+            if not offset:
                 self._kv[block] = [None] * self.block_size
             self._kv[block][offset] = None if row.has_failed else row.stay.tags[position]
         written = {at // self.block_size for at in row.writes}
@@ -188,9 +190,7 @@ class OracleExecutor:
 
     def entries(self, table: Sequence[int], end: int) -> list[Tag | None]:
         """What stands in the first `end` KV slots of a block table; None where nothing was written."""
-        found = [tag for block in table for tag in self._kv.get(block, [None] * self.block_size)]
-        del found[end:]
-        return found
+        return list(islice(chain.from_iterable(map(self._kv.__getitem__, table)), end))
 
     def _sample(self, row: _Row, samples: bool) -> int:
         last = row.stay.tags[row.end - 1] if row.has_failed else self.read(row)[-1]

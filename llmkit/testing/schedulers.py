@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
+from llmkit.testing.coverage import Coverage
 from llmkit.testing.reference import ReferenceCache, ReservingCache
-from llmkit.testing.walk import Coverage, Walk
+from llmkit.testing.walk import Walk
 from llmkit.testing.worlds import draw_world
 
 REFERENCE_CACHES: tuple[type[CacheAllocator], ...] = (ReferenceCache, ReservingCache)

@@ -1,62 +1,46 @@
-"""One walk: drive an engine through a world, check everything after every step and compare every token.
+"""One walk: drive an engine through a world, check everything after every rule and compare every token.
 
 A failure is an AssertionError that names the components, the seed, the step and the last plans.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from llmkit.engine.engine import Engine
 from llmkit.engine.planner import Planner
-from llmkit.engine.progress import Progress, StepOutput
+from llmkit.engine.progress import Progress
+from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.clock import VirtualClock
-from llmkit.interfaces.scheduler import Scheduler
+from llmkit.interfaces.scheduler import RequestQueue, RequestView, Scheduler, SchedulerSettings, SchedulingStep
 from llmkit.testing.chaos import Chaos, ChaosError
-from llmkit.testing.invariants import check_empty, check_planner
+from llmkit.testing.coverage import Coverage
+from llmkit.testing.expected import Expectations
+from llmkit.testing.invariants import check_contents, check_empty, check_planner
+from llmkit.testing.liveness import Liveness
 from llmkit.testing.oracle import OracleExecutor
-from llmkit.testing.reference import continuation
-from llmkit.testing.worlds import World
-from llmkit.types import FinishReason, Request, StepPlan
+from llmkit.testing.tags import tags_of
+from llmkit.testing.worlds import Event, Rule, World
+from llmkit.types import Request, SamplingParams, StepPlan
 
 
-@dataclass(slots=True)
-class Coverage:
-    """What walks went through, to see that they were not vacuous."""
+class _Preempting(Scheduler):
+    """Takes one request out and grants nothing: pressure that no scheduler has chosen."""
 
-    num_walks: int = 0
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_preemptions: int = 0
-    num_cached_tokens: int = 0
-    num_aborts: int = 0
-    num_errors: int = 0
+    def __init__(self, settings: SchedulerSettings, victim: RequestView) -> None:
+        super().__init__(settings)
+        self._victim = victim
 
-    def __add__(self, other: Coverage) -> Coverage:
-        return Coverage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(slots=True)
-class _Expected:
-    """What one request must produce, and what it has produced so far."""
-
-    request: Request
-    tokens: list[int]
-    reason: FinishReason
-    got: list[int] = field(default_factory=list)
-    is_aborted: bool = False
+    def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
+        step.preempt(self._victim)
 
 
 @dataclass(slots=True)
 class Walk:
-    """One world, one scheduler, one cache, one depth.
-
-    Steps without output are counted: once everything that lives could have been computed twice over, one token after
-    the other, there must have been some. Without `is_strict` a scheduler may idle and take a hundred times longer.
-    """
+    """One world, one scheduler, one cache, one depth. `trace` is every rule that was applied, steps included."""
 
     world: World
     scheduler: Scheduler
@@ -65,124 +49,166 @@ class Walk:
     is_strict: bool = True
     engine: Engine = field(init=False)
     executor: OracleExecutor = field(init=False)
-    clock: VirtualClock = field(init=False)
-    coverage: Coverage = field(init=False)
-    _expected: defaultdict[str, deque[_Expected]] = field(init=False)
-    _num_quiet_steps: int = 0
+    clock: VirtualClock = field(default_factory=VirtualClock)
+    coverage: Coverage = field(default_factory=lambda: Coverage(num_walks=1))
+    trace: list[Event] = field(default_factory=list)
+    is_broken: bool = False
+    _expected: Expectations = field(init=False)
+    _liveness: Liveness = field(init=False)
+    _looks: bool = True
 
     def __post_init__(self) -> None:
-        self.clock, self.coverage = VirtualClock(), Coverage(num_walks=1)
-        planner, limits = Planner(self.scheduler, self.cache), self.world.limits
+        world, limits, settings = self.world, self.world.limits, self.scheduler.settings
         self.executor = OracleExecutor(
-            self.world.spec.block_size,
-            self.scheduler.settings.max_num_seqs,
+            world.spec.block_size,
+            settings.max_num_seqs,
             limits.max_model_len,
             limits.vocab_size,
-            self.world.faults,
-            self.world.packs,
+            world.faults,
+            world.packs,
         )
-        self.engine = Engine(planner, self.executor, limits, self.clock, depth=self.depth)
-        self._expected = defaultdict(deque)
+        self.engine = Engine(Planner(self.scheduler, self.cache), self.executor, limits, self.clock, depth=self.depth)
+        self._expected = Expectations(limits, world.faults, isinstance(self.scheduler, Chaos), self.coverage)
+        self._liveness = Liveness(self.depth, self.is_strict)
 
     def run(self) -> Coverage:
-        """Walk to the end; AssertionError at the first thing that is wrong."""
-        try:
-            self._run()
-        except Exception as error:
-            raise AssertionError(self._describe(error)) from error
-        return self.coverage
-
-    def _run(self) -> None:
+        """Walk through the world to its end; AssertionError at the first thing that is wrong."""
         events = deque(self.world.events)
         while events or self.engine.has_unfinished:
             if not self.engine.has_unfinished:
                 self.clock.sleep_until(events[0].at)
             while events and events[0].at <= self.clock.now():
-                event = events.popleft()
-                self._add(event.request) if event.request else self._abort(event.request_id)
+                self.apply(events.popleft())
+            if self.engine.has_unfinished:
+                self.apply(Event(0, Rule.STEP))
+        self.finish()
+        return self.coverage
+
+    def apply(self, event: Event) -> None:
+        """Apply one rule and check everything; AssertionError that tells how to repeat it."""
+        self.trace.append(event)
+        self._guard(event)
+
+    def finish(self) -> None:
+        """Step until nothing is left, then check that nothing is left behind."""
+        self._guard(None)
+
+    def _guard(self, event: Event | None) -> None:
+        try:
+            self._finish() if event is None else self._apply(event)
+        except Exception as error:
+            self.is_broken = True
+            raise AssertionError(self._describe(error)) from error
+
+    def _apply(self, event: Event) -> None:
+        rule = event.rule
+        if rule is Rule.STEP:
             self._step()
-            self.clock.advance(1.0)
+            return
+        if rule is Rule.ADD:
+            assert event.request is not None
+            self._add(event.request)
+        elif rule is Rule.ABORT:
+            self._abort([event.request_id])
+        elif rule is Rule.RESET:
+            self._abort(list(self.engine.planner.requests))
+        elif rule is Rule.PREEMPT:
+            self._preempt(event.number)
+        else:
+            assert event.request is not None
+            self._probe(event.request)
+        self._check()
+
+    def _finish(self) -> None:
+        while self.engine.has_unfinished:
+            self._step()
         check_empty(self.engine.planner)
-        missing = [expected.request.request_id for expected in self._outstanding()]
-        assert not missing, f"requests {missing} never ended"
+        self._expected.check_none_left()
+        num_slots = self.cache.spec.num_slots
+        whole = Request("whole", [0] * num_slots, SamplingParams(max_tokens=1), max_num_tokens=num_slots)
+        assert self.cache.allocate(whole, num_slots), f"an idle pool has no room for {num_slots} tokens"
+        self.cache.free(whole)
+        self.cache.check()
 
     def _add(self, request: Request) -> None:
-        request, limits = replace(request, token_ids=list(request.token_ids)), self.world.limits
-        tokens, reason = continuation(request, limits.vocab_size, limits.eos_token_ids, limits.max_model_len)
+        request = replace(request, token_ids=list(request.token_ids))
+        name, limits = request.request_id, self.world.limits
+        is_wrong = not 0 < request.num_prompt_tokens < limits.max_model_len or name in self.engine.planner.requests
         streams = bool(request.num_prompt_tokens % 2)  # some report every token, some only at their end
-        self.engine.add(request, Progress(request, limits.eos_token_ids, streams=streams))
-        self._expected[request.request_id].append(_Expected(request, tokens, reason))
+        try:
+            self.engine.add(request, Progress(request, limits.eos_token_ids, streams=streams))
+        except RequestError as error:
+            assert is_wrong, f"{name} was refused: {error}"
+            self.coverage.num_refusals += 1
+            return
+        assert not is_wrong, (
+            f"{name} was taken with {request.num_prompt_tokens} tokens, of {limits.max_model_len} at most"
+        )
+        self._liveness.take_on(request, self._expected.add(request))
 
-    def _abort(self, request_id: str) -> None:
-        if request_id in self.engine.planner.requests:
-            self._expected[request_id][-1].is_aborted = True
-        self.engine.abort([request_id])
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self.engine.planner.requests:
+                self._expected.abort(request_id)
+            self.engine.abort([request_id])
+
+    def _preempt(self, number: int) -> None:
+        """Take out one of the running requests, whatever the scheduler thinks of it."""
+        planner = self.engine.planner
+        if planner.num_running:
+            victim = planner._running[number % planner.num_running]
+            self._liveness.force(victim._request)
+            planner.scheduler = _Preempting(self.scheduler.settings, victim)
+            planner.plan(self.clock.now())
+            planner.scheduler = self.scheduler
+
+    def _probe(self, request: Request) -> None:
+        """What the cache offers for a prompt really is in the blocks it would hand out."""
+        num_cached = self.cache.match(request)
+        assert 0 <= num_cached < request.num_tokens, f"match says {num_cached} of {request.num_tokens} are cached"
+        if num_cached and self.cache.allocate(request, num_cached):
+            table = list(self.cache.block_table(request))
+            found = self.executor.entries(table, num_cached)
+            assert found == tags_of(request.token_ids[:num_cached]), f"cached blocks {table} hold something else"
+            self.cache.free(request)
 
     def _step(self) -> None:
-        before = self.executor.num_steps, self.executor.num_results
+        executor, engine, planner = self.executor, self.engine, self.engine.planner
+        num_launched, num_known = executor.num_steps, self._num_known_tokens()
+        candidates = self._liveness.candidates(planner) if self._looks else []
         try:
-            outputs = self.engine.step()
+            outputs = engine.step()
         except ChaosError:
             outputs = []
+        has_progress = bool(outputs) or self._num_known_tokens() > num_known
         for output in outputs:
-            self._take(output)
-        after = self.executor.num_steps, self.executor.num_results
-        if after[0] > before[0]:
-            self._check_limits(self.executor.history[-1])
-        in_flight = after[0] - after[1]
-        assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
-        check_planner(self.engine.planner, list(self.executor.history)[len(self.executor.history) - in_flight :])
+            ended = self._expected.take(output)
+            if ended is not None:
+                self._liveness.check_end(ended)
+        has_launched = executor.num_steps > num_launched
+        if has_launched:
+            self._check_limits(executor.history[-1])
         self.coverage.num_steps += 1
-        self._check_progress(has_acted=before != after or bool(outputs), has_output=bool(outputs))
+        self._looks = self.coverage.num_steps % self.world.looks_every == 0
+        self._check()
+        self._liveness.check_step(planner, candidates, has_launched, has_progress)
+        self.clock.advance(1.0)
 
-    def _take(self, output: StepOutput) -> None:
-        expected = self._expected[output.request_id][0]
-        expected.got += output.token_ids
-        wanted, name = expected.tokens[: len(expected.got)], output.request_id
-        assert expected.got == wanted, f"{name} got {expected.got}, wants {wanted}"
-        self.coverage.num_tokens += len(output.token_ids)
-        if output.finish_reason is None:
-            return
-        self._expected[output.request_id].popleft()
-        assert output.completion is not None, f"{name} ended without its completion"
-        assert list(output.completion.token_ids) == expected.got, f"{name}: the completion is not what was streamed"
-        self._check_end(expected, output.finish_reason, output.error)
-        self.coverage.num_preemptions += output.completion.metrics.num_preemptions
-        self.coverage.num_cached_tokens += output.completion.metrics.num_cached_tokens
-        self.coverage.num_aborts += output.finish_reason is FinishReason.ABORT
-        self.coverage.num_errors += output.finish_reason is FinishReason.ERROR
+    def _num_known_tokens(self) -> int:
+        return sum([len(request.token_ids) for request in self.engine.planner.requests.values()])
 
-    def _check_end(self, expected: _Expected, reason: FinishReason, error: str | None) -> None:
-        request, num_got = expected.request, len(expected.got)
-        name, fault = request.request_id, self.world.faults.get(request.request_id, 1 << 60)
-        num_before_fault = max(0, fault - request.num_prompt_tokens)
-        if reason is FinishReason.ABORT:
-            assert expected.is_aborted, f"{name} was aborted by nobody"
-        elif reason is FinishReason.ERROR and error is not None and error.startswith("fault injected"):
-            assert num_got == num_before_fault, f"{name} failed after {num_got} tokens, not {num_before_fault}"
-        elif reason is FinishReason.ERROR:
-            assert isinstance(self.scheduler, Chaos), f"{name} was rejected, but fits: {error}"
-        else:
-            whole = expected.tokens, expected.reason
-            assert (expected.got, reason) == whole, f"{name} ended as {expected.got, reason}, wants {whole}"
-            assert num_got <= num_before_fault, f"{name} ended well, but its rows fail from length {fault} on"
+    def _check(self) -> None:
+        executor, planner = self.executor, self.engine.planner
+        in_flight = executor.num_steps - executor.num_results
+        assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
+        plans = list(executor.history)[len(executor.history) - in_flight :] if in_flight else ()
+        check_planner(planner, plans, settles=self._looks)
+        check_contents(planner, executor)
 
     def _check_limits(self, plan: StepPlan) -> None:
         settings = self.scheduler.settings
         assert plan.num_tokens <= settings.max_num_batched_tokens, f"a step of {plan.num_tokens} tokens"
         assert len(plan.scheduled) <= settings.max_num_seqs, f"a step of {len(plan.scheduled)} requests"
-
-    def _check_progress(self, has_acted: bool, has_output: bool) -> None:
-        live = self.engine.planner.requests.values()
-        may_idle = not live or not self.is_strict
-        assert has_acted or may_idle, f"nothing ran and nothing was in flight, but {len(live)} could"
-        self._num_quiet_steps = 0 if has_output else self._num_quiet_steps + 1
-        bound = (2 if self.is_strict else 200) * (sum(request.num_tokens for request in live) + 2 * self.depth + 2)
-        assert self._num_quiet_steps <= bound, f"{self._num_quiet_steps} steps without a token, {len(live)} live"
-
-    def _outstanding(self) -> Iterator[_Expected]:
-        for queue in self._expected.values():
-            yield from queue
 
     def _describe(self, error: Exception) -> str:
         names = f"{type(self.scheduler).__name__} on {type(self.cache).__name__}, depth {self.depth}"

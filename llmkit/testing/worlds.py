@@ -7,7 +7,9 @@ mostly two or three tokens, and prompts begin like earlier ones, so that prefixe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from random import Random
+from typing import NamedTuple
 
 from llmkit.engine.limits import EngineLimits
 from llmkit.interfaces.cache import CacheSpec
@@ -17,18 +19,33 @@ VOCABULARIES = ((2, ()), (2, (1,)), (3, ()), (50, (7, 11)))
 """(size, ids that end a request unless it ignores them)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """At step `at` the caller adds `request`, or aborts `request_id` if there is none."""
+class Rule(Enum):
+    """What can happen to an engine. `PREEMPT` takes out a running request; `PROBE` asks the cache for a prompt."""
+
+    ADD = "add"
+    STEP = "step"
+    ABORT = "abort"
+    RESET = "abort everything"
+    PREEMPT = "preempt"
+    PROBE = "probe"
+
+
+class Event(NamedTuple):
+    """`rule` is applied at step `at`: to `request`, to `request_id`, or to the running request that `number` picks."""
 
     at: int
-    request_id: str
+    rule: Rule
+    request_id: str = ""
     request: Request | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Everything a walk depends on except the components under test. `faults` and `packs` are for `OracleExecutor`."""
+    """Everything a walk depends on except the components under test. `faults` and `packs` are for `OracleExecutor`.
+
+    Token counts are checked after every `looks_every`-th step only, since looking at them brings them up to date.
+    """
 
     seed: int
     spec: CacheSpec
@@ -37,69 +54,107 @@ class World:
     limits: EngineLimits
     faults: dict[str, int] = field(default_factory=dict)
     packs: bool = True
+    looks_every: int = 1
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.scheduler_options.items())
         return f"{self.spec.num_blocks} blocks of {self.spec.block_size}, {options}, {len(self.events)} events"
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Draws requests over one pool. Where it is crowded they come at once, are short and grow long: all want room."""
+
+    random: Random
+    spec: CacheSpec
+    vocab_size: int = 2
+    is_crowded: bool = False
+    prompts: list[list[int]] = field(default_factory=list)
+
+    def request(self, request_id: str, number: int, at: int) -> Request:
+        """A request that fits the pool when it has it alone; its prompt may begin like an earlier one."""
+        random, longest = self.random, self.spec.num_slots - 1
+        most = max(1, longest // 4)
+        num_prompt = random.randint(1, most if self.is_crowded else random.choice((longest, most)))
+        max_tokens = random.randint(longest // 3 + 1, longest) if self.is_crowded else random.randint(1, 20)
+        num_stops = 0 if self.is_crowded else random.choice((0, 0, 0, 1 if self.vocab_size < 5 else 5))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=random.choice((0, random.randint(0, max_tokens))),
+            ignore_eos=self.is_crowded or random.random() < 0.5,
+            stop_token_ids=tuple(random.sample(range(self.vocab_size), num_stops)),
+            prompt_logprobs=1 if number % 5 == 4 else None,
+        )
+        prompt = self.prompt(num_prompt)
+        self.prompts.append(prompt)
+        priority, hint, tenant = (
+            random.randint(0, 3),
+            random.choice((None, max_tokens)),
+            random.choice(("", "", "", "a")),
+        )
+        # Seeds repeat, so that whole conversations do.
+        return Request(request_id, prompt, params, float(at), priority, tenant, length_hint=hint, seed=number % 3)
+
+    def prompt(self, length: int) -> list[int]:
+        """Tokens, at first mostly those of an earlier prompt."""
+        prompt = [self.random.randrange(self.vocab_size) for _ in range(length)]
+        if self.prompts and self.random.random() < 0.6:
+            num_same = self.random.choice((length, self.random.randint(1, length)))
+            head = self.random.choice(self.prompts)[:num_same]
+            prompt[: len(head)] = head
+        return prompt
+
+    def requests(self) -> list[Event]:
+        """Requests that come, some of which the caller aborts, and some of those come back under the same id."""
+        random, events = self.random, []
+        for number in range(random.randint(2 if self.is_crowded else 1, 12)):
+            name = str(number)
+            at = 0 if self.is_crowded else random.choice((0, random.randint(0, 40), random.randint(0, 90)))
+            events.append(Event(at, Rule.ADD, name, self.request(name, number, at)))
+            if not self.is_crowded and random.random() < 0.25:
+                at += random.choice((0, 1, random.randint(0, 25)))
+                events.append(Event(at, Rule.ABORT, name))
+                if random.random() < 0.5:
+                    events.append(Event(at, Rule.ADD, name, self.request(name, number + 100, at)))
+        return events
+
+    def interferences(self) -> list[Event]:
+        """Preemptions out of the blue, everything aborted, a prompt that is too long, questions to the cache."""
+        random, one = self.random, SamplingParams(max_tokens=1)
+        num_preemptions, num_probes = random.choice((0, 0, 1, 8)), random.choice((0, 1, 4))
+        events = [
+            Event(random.randint(1, 60), Rule.PREEMPT, number=random.randrange(8)) for _ in range(num_preemptions)
+        ]
+        if random.random() < 0.1:
+            events.append(Event(random.randint(1, 40), Rule.RESET))
+        if random.random() < 0.1:
+            huge = Request("huge", [0] * (self.spec.num_slots + random.randint(0, 3)), one)
+            events.append(Event(random.randint(0, 9), Rule.ADD, "huge", huge))
+        for number in range(num_probes):
+            prompt = self.prompt(random.randint(1, 2 * self.spec.block_size + 1))
+            events.append(Event(random.randint(0, 60), Rule.PROBE, request=Request(f"probe {number}", prompt, one)))
+        return events
+
+
 def draw_world(seed: int) -> World:
-    """The world of that seed."""
+    """The world of that seed. A crowded one is left in peace, or what gets nowhere would be saved by an abort."""
     random = Random(seed)
-    spec = CacheSpec(random.randint(4, 24), random.choice((1, 2, 3, 4, 8)))
+    is_crowded = random.random() < 0.25
+    spec = CacheSpec(random.randint(4, 24), random.choice((1, 1, 1, 2)) if is_crowded else random.randint(1, 8))
     options = {
-        "max_num_seqs": random.randint(1, 8),
+        "max_num_seqs": random.randint(2 if is_crowded else 1, 8),
         "max_num_batched_tokens": random.randint(1, 30),
         "max_chunk_tokens": random.choice((0, 1, 3, spec.block_size)),
     }
     vocab_size, eos = random.choice(VOCABULARIES)
-    limits = EngineLimits(vocab_size, spec.num_slots, frozenset(eos))
-    events: list[Event] = []
-    faults: dict[str, int] = {}
-    earlier: list[list[int]] = []
-    for number in range(random.randint(1, 12)):
-        request_id = str(number)
-        at = random.choice((0, 0, random.randint(0, 40)))
-        events.append(Event(at, request_id, draw_request(random, request_id, number, at, spec, vocab_size, earlier)))
-        if random.random() < 0.2:
-            at += random.choice((0, 1, random.randint(0, 25)))
-            events.append(Event(at, request_id))
-            if random.random() < 0.5:
-                again = draw_request(random, request_id, number + 100, at, spec, vocab_size, earlier)
-                events.append(Event(at, request_id, again))
-        if random.random() < 0.2:
-            faults[request_id] = random.randint(1, spec.num_slots)
-    packs = random.random() < 0.25
-    return World(seed, spec, options, sorted(events, key=lambda event: event.at), limits, faults, packs)
-
-
-def draw_request(
-    random: Random,
-    request_id: str,
-    number: int,
-    at: int,
-    spec: CacheSpec,
-    vocab_size: int = 2,
-    earlier: list[list[int]] | None = None,
-) -> Request:
-    """A request that fits the pool when it has it alone; its prompt may begin like one of the `earlier` ones."""
-    longest = spec.num_slots - 1
-    num_prompt = random.randint(1, random.choice((longest, max(1, longest // 4))))
-    max_tokens = random.randint(1, 20)
-    num_stops = random.choice((0, 0, 0, 1 if vocab_size < 5 else 5))
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=random.choice((0, random.randint(0, max_tokens))),
-        ignore_eos=random.random() < 0.5,
-        stop_token_ids=tuple(random.sample(range(vocab_size), num_stops)),
-        prompt_logprobs=1 if number % 5 == 4 else None,
-    )
-    prompt = [random.randrange(vocab_size) for _ in range(num_prompt)]
-    if earlier and random.random() < 0.6:
-        head = random.choice(earlier)[: random.choice((num_prompt, random.randint(1, num_prompt)))]
-        prompt[: len(head)] = head
-    if earlier is not None:
-        earlier.append(prompt)
-    priority, hint, tenant = random.randint(0, 3), random.choice((None, max_tokens)), random.choice(("", "", "a", "b"))
-    # Seeds repeat, so that whole conversations do.
-    return Request(request_id, prompt, params, float(at), priority, tenant, length_hint=hint, seed=number % 3)
+    draws = Draws(random, spec, vocab_size, is_crowded)
+    events, faults, reach = draws.requests(), dict[str, int](), spec.num_slots
+    if not is_crowded:
+        events += draws.interferences() if random.random() < 0.7 else []
+        names = dict.fromkeys(event.request_id for event in events if event.request)
+        faults = {name: random.randint(1, spec.num_slots) for name in names if random.random() < 0.2}
+        reach = random.choice((reach, reach, random.randint(2, reach)))
+    limits, packs = EngineLimits(vocab_size, reach, frozenset(eos)), random.random() < 0.25
+    looks_every = random.choice((1, 1, 2, 7))
+    events.sort(key=lambda event: event.at)
+    return World(seed, spec, options, events, limits, faults, packs, looks_every)

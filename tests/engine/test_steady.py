@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
+from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import VirtualClock
 from llmkit.rows import DecodeRows
 from llmkit.testing import FakeExecutor
 from llmkit.testing.schedulers import build_cache, build_scheduler
-from llmkit.testing.worlds import World, draw_world
+from llmkit.testing.worlds import Rule, World, draw_world
 from llmkit.types import FinishReason, Request, SamplingParams, StepPlan
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
@@ -59,12 +61,13 @@ def play(
         now = int(engine.clock.now())
         while events and events[0].at <= now:
             event = events.popleft()
-            if event.request is not None:
-                one = event.request
+            one = event.request
+            if event.rule is Rule.ADD and one is not None:
                 params, hint = one.sampling_params, one.length_hint
                 one = Request(one.request_id, list(one.token_ids), params, length_hint=hint, seed=one.seed)
-                engine.add(one, Progress(one, world.limits.eos_token_ids, streams=bool(one.seed % 2)))
-            else:
+                with suppress(RequestError):
+                    engine.add(one, Progress(one, world.limits.eos_token_ids, streams=bool(one.seed % 2)))
+            elif event.rule is Rule.ABORT:
                 engine.abort([event.request_id])
         num_steps = engine.executor.num_steps  # type: ignore[attr-defined]
         outputs = engine.step()

@@ -65,7 +65,7 @@ def test_a_failure_names_everything_needed_to_repeat_it() -> None:
     with pytest.raises(AssertionError) as caught:
         check_scheduler(Lazy)
     first, world, *plans = str(caught.value).splitlines()
-    found = re.fullmatch(r"Lazy on ReferenceCache, depth (\d), seed (\d+), step (\d+): nothing ran .*", first)
+    found = re.fullmatch(r"Lazy on ReferenceCache, depth (\d), seed (\d+), step (\d+): nothing ran, .*", first)
     assert found, first
     assert re.search(r"\d+ blocks of \d, max_num_seqs=\d, .* events", world) and plans[0].strip().startswith("step 0: ")
     with pytest.raises(AssertionError, match=re.escape(first)):
