@@ -1,7 +1,7 @@
 """Compiles what the product launches for an H200 on a machine without a GPU, and says what each kernel takes.
 
-Kernels are not called by hand: the product's own launchers run on CPU tensors, and Triton is told that an sm_90 device
-is there on which nothing is launched. So tile sizes, warps and specialisations are those of real runs.
+Kernels are not called by hand: the product's own launchers run on CPU tensors, and they and Triton are told that an
+H200 is there, on which nothing is launched. So tile sizes, warps and specialisations are those of real runs.
 """
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from llmkit.interfaces.attention import LayerSpec
+from llmkit.model import layer_kernels, row_kernels
+from llmkit.model.sampling import device_sampler
+from llmkit_attention.flash import launch
+
 ROOT = Path(__file__).parents[2]
-TARGET = GPUTarget("cuda", 90, 32)
+TARGET, NUM_PROCESSORS = GPUTarget("cuda", 90, 32), 132
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -36,6 +42,14 @@ class NothingLaunched:
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
+
+
+class WorkspaceOfAnH200(launch.Workspace):
+    """As many shares as on the real one."""
+
+    def __init__(self, layers: Iterable[LayerSpec], device: torch.device) -> None:
+        super().__init__(layers, device)
+        self.programs = NUM_PROCESSORS * launch.PROGRAMS_PER_PROCESSOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +75,11 @@ def compiling() -> Iterator[list[Any]]:
         return kernel
 
     triton.runtime.driver.set_active(NothingLaunched())
-    with patch.object(JITFunction, "run", compile_only):
+    with ExitStack() as pretended:
+        pretended.enter_context(patch.object(JITFunction, "run", compile_only))
+        for module in (layer_kernels, row_kernels, device_sampler, launch):
+            pretended.enter_context(patch.object(module, "can_overlap", lambda device: True))
+        pretended.enter_context(patch.object(launch, "Workspace", WorkspaceOfAnH200))
         yield compiled
 
 

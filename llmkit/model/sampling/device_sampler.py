@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkit.cuda import can_overlap
+from llmkit.model.layer_kernels import wait_for_previous
 from llmkit.model.sampling.draw import block_size_for
 from llmkit.model.sampling.transfer import to_device
 
@@ -34,13 +36,17 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._block_size = block_size_for(vocab_size)
         self._num_blocks = triton.cdiv(vocab_size, self._block_size)
+        self._overlaps = can_overlap(device)
         self._settings = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
+        self._known = [(0, 0)] * num_slots
 
     def set_slot(self, slot: int, temperature: float, key: int) -> None:
         """Rows of `slot` are drawn at `temperature`, or greedy if that is 0, with noise of `key`, below 2**64."""
         (bits,) = struct.unpack("<i", struct.pack("<f", temperature))
-        settings = torch.tensor([key - (key >> 63 << 64), bits], dtype=torch.int64)
-        self._settings[slot] = to_device(settings, self._settings.device)
+        settings = (key - (key >> 63 << 64), bits) if temperature > 0 else (0, 0)
+        if settings != self._known[slot]:
+            self._known[slot] = settings
+            self._settings[slot] = to_device(settings, self._settings.device, torch.int64)
 
     def choose(
         self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor | None = None
@@ -58,22 +64,25 @@ class DeviceSampler:
         together = min(max(1, AT_ONCE // size), triton.next_power_of_2(num_blocks))
         _weigh_blocks[(num_rows, triton.cdiv(num_blocks, together))](
             logits, logits.stride(0), slots, self._settings, parts[0], parts[1], self._vocab_size, num_blocks,
-            SIZE=size, TOGETHER=together, num_warps=4,
+            SIZE=size, TOGETHER=together, PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
         )  # fmt: skip
         _choose[(num_rows,)](
             logits, logits.stride(0), slots, positions, self._settings, parts[0], parts[1], token_ids, values,
             token_ids if tokens is None else tokens, 0 if tokens is None else tokens.stride(0),
             self._vocab_size, num_blocks,
-            SIZE=size, BLOCKS=triton.next_power_of_2(num_blocks), STORES=tokens is not None, num_warps=4,
+            SIZE=size, BLOCKS=triton.next_power_of_2(num_blocks), STORES=tokens is not None,
+            PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
         )  # fmt: skip
         return token_ids, values
 
 
 @triton.jit
 def _weigh_blocks(
-    logits, stride, slots, settings, tops, masses, vocab_size, num_blocks, SIZE: tl.constexpr, TOGETHER: tl.constexpr
+    logits, stride, slots, settings, tops, masses, vocab_size, num_blocks,
+    SIZE: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): maximum and mass, relative to it, of TOGETHER blocks of SIZE logits."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     token = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -87,9 +96,10 @@ def _weigh_blocks(
 @triton.jit
 def _choose(
     logits, stride, slots, positions, settings, tops, masses, token_ids, values, tokens, tokens_stride,
-    vocab_size, num_blocks, SIZE: tl.constexpr, BLOCKS: tl.constexpr, STORES: tl.constexpr,
+    vocab_size, num_blocks, SIZE: tl.constexpr, BLOCKS: tl.constexpr, STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program row: a block, then a token inside it."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     key, temperature = tl.load(settings + 2 * slot), _temperature(settings, slot)
