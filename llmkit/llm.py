@@ -14,6 +14,7 @@ from llmkit.engine.detokenizer import StreamDetokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import check_request
 from llmkit.engine.progress import Progress
+from llmkit.engine.quiet import quiet_collector
 from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError
 from llmkit.interfaces.clock import Clock
@@ -177,7 +178,7 @@ class LLM:
         return self.model.tokenizer
 
     def _complete(self, batch: Sequence[Any], params: Params, encode: Encode) -> list[RequestOutput]:
-        with self._collecting(batch, params, encode) as collector:
+        with quiet_collector(), self._collecting(batch, params, encode) as collector:
             while collector.is_open:
                 self._step()
             return collector.outputs()

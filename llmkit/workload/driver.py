@@ -11,6 +11,7 @@ import numpy as np
 
 from llmkit.engine.engine import Engine
 from llmkit.engine.progress import Progress as RequestProgress
+from llmkit.engine.quiet import quiet_collector
 from llmkit.errors import LlmkitError, RequestError
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.report.progress import Progress
@@ -49,7 +50,7 @@ def run_workload(
     if target.engine.hooks is not target.plugin_manager.hook:
         raise LlmkitError("the engine does not call the hooks of the target's plugin manager: nothing can be measured")
     player = _Player(target.engine, requests, sampling, recorder, progress, seed)
-    with _observing(target, recorder), deferred_interrupt() as interrupt:
+    with quiet_collector(), _observing(target, recorder), deferred_interrupt() as interrupt:
         recorder.start(target.engine.clock.now())
         try:
             player.play(interrupt)
