@@ -1,7 +1,7 @@
 """Each scheduler against first come, first served on the workload it is made for, on the simulated clock.
 
-python benchmarks/schedulers.py             # all: pictures to docs/schedulers/, table to docs/schedulers.md
-python benchmarks/schedulers.py sjf         # simulate one and print its rows
+python -m benchmarks.schedulers             # all: pictures to docs/schedulers/, table to docs/schedulers.md
+python -m benchmarks.schedulers sjf         # simulate one and print its rows
 
 The engine, scheduler and cache are real, the tokens are made up, and a step takes `STEP + PER_TOKEN * tokens` seconds:
 about what the embedded model takes on two CPU cores (README). So every figure is the same on every machine.
@@ -12,46 +12,40 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.scheduler_panels import (
+    BASELINE,
+    Panel,
+    Run,
+    bars,
+    by_output_length,
+    by_tenant,
+    colour,
+    lateness,
+    p95,
+    shares,
+    sweep,
+    ttfts,
+)
 from llmkit.interfaces.cache import CacheSpec
 from llmkit.metrics.recorder import MetricsRecorder
-from llmkit.metrics.records import RequestRecord
 from llmkit.metrics.summary import summarise
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
-from llmkit.report.style import BLUE, GREY, ORANGE, frame, new_figure, tidy
+from llmkit.report.style import frame, new_figure, tidy
 from llmkit.testing.simulation import simulate
 from llmkit.types import SamplingParams, StepPlan
 from llmkit.workload.driver import run_workload
 from llmkit.workload.protocol import ModelBounds
-from llmkit.workload.requests import TimedRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin (written by benchmarks/schedulers.py) -->", "<!-- results: end -->"
 STEP, PER_TOKEN = 1.5e-3, 0.1e-3
-BASELINE = "continuous"
-COLOURS = {BASELINE: ORANGE}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One scheduler on one workload: what was asked, what was seen, `result.json`'s numbers."""
-
-    scheduler: str
-    requests: Sequence[TimedRequest]
-    recorder: MetricsRecorder
-    numbers: Mapping[str, Any]
-
-    @property
-    def completed(self) -> list[RequestRecord]:
-        """Requests that ended by themselves, in order of arrival."""
-        return [record for record in self.recorder.requests.values() if record.is_completed]
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Comparison:
     scheduler: str
     workload: str
     metrics: Mapping[str, Callable[[Run], float]]
-    panels: Sequence[Callable[[Any, Sequence[Run]], None]]
+    panels: Sequence[Panel]
     heading: str
     num_blocks: int = 1024
     options: Mapping[str, Any] = field(default_factory=lambda: {"max_num_seqs": 8})
@@ -101,60 +95,6 @@ def number(key: str) -> Callable[[Run], float]:
     return lambda run: float(run.numbers[key])
 
 
-def shares(label: str, values: Callable[[Run], Sequence[float]]) -> Callable[[Any, Sequence[Run]], None]:
-    """A panel: the share of requests at or below each value."""
-
-    def draw(axes: Any, runs: Sequence[Run]) -> None:
-        for run in runs:
-            ranked = sorted(values(run))
-            y = [100 * (rank + 1) / len(ranked) for rank in range(len(ranked))]
-            axes.step(ranked, y, where="post", color=COLOURS.get(run.scheduler, BLUE), linewidth=1.5)
-        axes.set_xscale("log")
-        axes.set(xlabel=label, ylabel="share of requests at or below, %", ylim=(0, 100))
-
-    return draw
-
-
-def bars(label: str, unit: str, groups: Callable[[Run], Mapping[str, float]]) -> Callable[[Any, Sequence[Run]], None]:
-    """A panel: one bar per group and run."""
-
-    def draw(axes: Any, runs: Sequence[Run]) -> None:
-        width = 0.8 / len(runs)
-        for index, run in enumerate(runs):
-            heights = groups(run)
-            x = [place + (index - (len(runs) - 1) / 2) * width for place in range(len(heights))]
-            axes.bar(x, list(heights.values()), width * 0.92, color=COLOURS.get(run.scheduler, BLUE))
-            axes.set_xticks(range(len(heights)), list(heights))
-        axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
-
-    return draw
-
-
-def by_output_length(run: Run) -> dict[str, float]:
-    """Mean latency of requests with so many output tokens, ms."""
-    edges = (1, 16, 32, 64, 128, 257)
-    return {
-        f"{low} to {high - 1}": 1e3 * fmean(r.e2el or 0.0 for r in run.completed if low <= r.num_output_tokens < high)
-        for low, high in pairwise(edges)
-    }
-
-
-def by_tenant(statistic: Callable[[Sequence[float]], float]) -> Callable[[Run], dict[str, float]]:
-    """A statistic of each tenant's times to first token, ms; its share of the requests below its name."""
-
-    def groups(run: Run) -> dict[str, float]:
-        names = sorted({record.tenant for record in run.completed})
-        pools = {name: [1e3 * (r.ttft or 0.0) for r in run.completed if r.tenant == name] for name in names}
-        return {f"{name}\n{len(pool) / len(run.completed):.0%}": statistic(pool) for name, pool in pools.items()}
-
-    return groups
-
-
-def p95(values: Sequence[float]) -> float:
-    """The 95th percentile, the lower of two."""
-    return sorted(values)[int(0.95 * (len(values) - 1))]
-
-
 def lighter_tenants(run: Run) -> float:
     """Mean time to first token of everybody but the heaviest tenant, ms."""
     return fmean(1e3 * (record.ttft or 0.0) for record in run.completed if record.tenant != "tenant0")
@@ -165,23 +105,9 @@ def deadlines_met(run: Run) -> float:
     return 100 * float(run.numbers["deadlines_met"])
 
 
-def met_by_rate(axes: Any, runs: Sequence[Run]) -> None:
-    """A panel: deadlines met at other rates of arrival."""
-    rates = (20, 40, 60, 80, 120, 160)
-    for run in runs:
-        met = [deadlines_met(play(COMPARISONS["deadline"], run.scheduler, rate=rate)) for rate in rates]
-        axes.plot(rates, met, marker="o", color=COLOURS.get(run.scheduler, BLUE))
-    axes.set(xlabel="requests per second", ylabel="deadlines met, % of all requests", ylim=(0, 105), xlim=(0, None))
-
-
-def lateness(axes: Any, runs: Sequence[Run]) -> None:
-    """A panel: the share of all requests that ended so long after their deadline at most."""
-    for run in runs:
-        ranked = sorted(r.token_times[-1] - (r.deadline or 0.0) for r in run.completed)
-        y = [100 * (rank + 1) / len(run.requests) for rank in range(len(ranked))]
-        axes.step(ranked, y, where="post", color=COLOURS.get(run.scheduler, BLUE), linewidth=1.5)
-    axes.axvline(0.0, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="end after the deadline, s (refused: never)", ylabel="share of all requests, %", ylim=(0, 100))
+def hit_rate(run: Run) -> float:
+    """Per cent of the prompt tokens."""
+    return 100 * float(run.numbers["prefix_hit_rate"])
 
 
 COMPARISONS = {
@@ -212,8 +138,34 @@ COMPARISONS = {
         "deadline",
         "deadlines",
         {"deadlines met, %": deadlines_met, "requests completed": number("completed")},
-        (met_by_rate, lateness),
+        (
+            sweep(
+                "requests per second",
+                "deadlines met, % of all requests",
+                deadlines_met,
+                (20, 40, 60, 80, 120, 160),
+                lambda scheduler, rate: play(COMPARISONS["deadline"], scheduler, rate=rate),
+            ),
+            lateness,
+        ),
         "deadline: what cannot end in time is refused, so that the others do",
+    ),
+    "prefix_aware": Comparison(
+        "prefix_aware",
+        "shared_prefixes",
+        {"prompt tokens found in the cache, %": hit_rate, "mean ttft, ms": number("mean_ttft_ms")},
+        (
+            sweep(
+                "KV blocks (32 prefixes take 512 of them)",
+                "prompt tokens found in the cache, %",
+                hit_rate,
+                (192, 256, 384, 512, 768),
+                lambda scheduler, size: play(replace(COMPARISONS["prefix_aware"], num_blocks=size), scheduler),
+            ),
+            shares("time to first token, ms (log scale)", ttfts),
+        ),
+        "prefix_aware: who begins alike runs together, while the prefix is still cached",
+        num_blocks=256,
     ),
 }
 
@@ -234,10 +186,10 @@ def picture(comparison: Comparison, runs: Sequence[Run]) -> bytes:
     caption = (
         f"Simulated: workload {comparison.workload} ({len(runs[0].requests)} requests), {options}, "
         f"{comparison.num_blocks} blocks of 16 tokens; a step takes {STEP * 1e3:g} ms and {PER_TOKEN * 1e3:g} ms a "
-        f"token. {metrics}. python benchmarks/schedulers.py"
+        f"token. {metrics}. python -m benchmarks.schedulers"
     )
     frame(figure, comparison.heading, caption)
-    handles = [Line2D([], [], color=COLOURS.get(run.scheduler, BLUE), linewidth=4) for run in runs]
+    handles = [Line2D([], [], color=colour(run), linewidth=4) for run in runs]
     names = [run.scheduler for run in runs]
     figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.925), ncols=2, frameon=False)
     buffer = io.BytesIO()

@@ -59,7 +59,7 @@ class Planner:
         """Queue `request` behind the others."""
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use")
-        view = RequestView(request)
+        view = RequestView(request, self.allocator.match)
         self.requests[request.request_id] = request
         self._views[request.request_id] = view
         self._waiting.append(view)

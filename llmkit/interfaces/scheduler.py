@@ -7,7 +7,7 @@ reserve KV memory or change nothing, so a wrong choice can be slow but never cor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import cache
 from typing import ClassVar, NamedTuple, Protocol, overload
@@ -48,10 +48,11 @@ grant = cache(Grant)
 class RequestView:
     """What a scheduler may know of a request: lengths and service, never token ids or block numbers. Read-only."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_match", "_request")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, match: Callable[[Request], int] = lambda request: 0) -> None:
         self._request = request
+        self._match = match
 
     def __repr__(self) -> str:
         return f"RequestView({self.request_id!r}, {self.status.value}, {self.num_computed_tokens}/{self.num_tokens})"
@@ -110,6 +111,11 @@ class RequestView:
     def num_computed_tokens(self) -> int:
         """Tokens whose KV is valid."""
         return self._request.num_computed_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Leading tokens that it would find in the cache if it started now; 0 while it runs. Looked up when asked."""
+        return 0 if self._request.status is RequestStatus.RUNNING else self._match(self._request)
 
     @property
     def num_in_flight_tokens(self) -> int:

@@ -21,6 +21,7 @@ from llmkit.workload.settings import (
     GridSettings,
     NamedSettings,
     PoissonSettings,
+    SharedPrefixesSettings,
     ShortLongSettings,
     TenantsSettings,
     TraceSettings,
@@ -38,6 +39,7 @@ PRESETS: dict[str, type[PoissonSettings]] = {
     "short_long": ShortLongSettings,
     "tenants": TenantsSettings,
     "deadlines": DeadlinesSettings,
+    "shared_prefixes": SharedPrefixesSettings,
 }
 """Poisson arrivals whose defaults show what a scheduler is good for."""
 

@@ -174,5 +174,7 @@ def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
     return factory
 
 
-short_long, tenants, deadlines = map(_preset, ("short_long", "tenants", "deadlines"))
+short_long, tenants, deadlines, shared_prefixes = map(
+    _preset, ("short_long", "tenants", "deadlines", "shared_prefixes")
+)
 nano256, single, batch64, mixed512, prefill = map(_named, ("nano256", "single", "batch64", "mixed512", "prefill"))

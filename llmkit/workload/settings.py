@@ -136,6 +136,15 @@ class DeadlinesSettings(PoissonSettings):
     )
 
 
+class SharedPrefixesSettings(PoissonSettings):
+    """Many long prefixes, more than the cache holds, each shared by a few requests: what `prefix_aware` is for."""
+
+    num_requests: int = Field(default=200, ge=1, le=1_000_000, description="how many requests")
+    rate: float = Field(default=50.0, gt=0.0, description="requests per second; .inf: all at once")
+    prefix_groups: int = Field(default=32, ge=0, le=1_000_000, description="groups of requests that share a prefix")
+    prefix_len: int = Field(default=256, ge=0, le=MAX_LEN, description="tokens of each shared prefix")
+
+
 class GammaSettings(PoissonSettings):
     """Gamma inter-arrival times."""
 

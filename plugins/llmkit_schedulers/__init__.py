@@ -4,6 +4,7 @@ from llmkit import Registry, hookimpl
 from llmkit_schedulers.continuous import Continuous
 from llmkit_schedulers.deadline import Deadline
 from llmkit_schedulers.fair import Fair
+from llmkit_schedulers.prefix_aware import PrefixAware
 from llmkit_schedulers.priority import Priority
 from llmkit_schedulers.sequential import Sequential
 from llmkit_schedulers.sjf import ShortestJobFirst
@@ -19,3 +20,4 @@ def llmkit_register(registry: Registry) -> None:
     registry.add_scheduler("sjf", ShortestJobFirst)
     registry.add_scheduler("fair", Fair)
     registry.add_scheduler("deadline", Deadline)
+    registry.add_scheduler("prefix_aware", PrefixAware)

@@ -37,3 +37,6 @@ class ShortestJobFirst(ContinuousBatching):
 
     def order_running(self, running: Sequence[RequestView], now: float) -> Sequence[RequestView]:
         return sorted(running, key=self.rank)
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        return not num_waiting or not num_free_seqs  # nobody is displaced

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks import schedulers
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("schedulers_script", ROOT / "benchmarks" / "schedulers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sjf_lowers_the_mean_latency(script: ModuleType, seed: int) -> None:
-    before, after = script.compare(script.COMPARISONS["sjf"], seed=seed)
+def test_sjf_lowers_the_mean_latency(seed: int) -> None:
+    before, after = schedulers.compare(schedulers.COMPARISONS["sjf"], seed=seed)
     for key in ("mean_e2el_ms", "mean_ttft_ms", "p50_e2el_ms"):
         assert after.numbers[key] < 0.9 * before.numbers[key], key
     assert after.numbers["output_throughput"] > 0.9 * before.numbers["output_throughput"]
@@ -35,19 +22,19 @@ def test_sjf_lowers_the_mean_latency(script: ModuleType, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_fair_shields_light_tenants_from_the_heavy_one(script: ModuleType, seed: int) -> None:
-    before, after = script.compare(script.COMPARISONS["fair"], seed=seed)
-    assert script.lighter_tenants(after) < 0.2 * script.lighter_tenants(before)
-    heavy, *light = (script.by_tenant(max)(after)[name] for name in sorted(script.by_tenant(max)(after)))
+def test_fair_shields_light_tenants_from_the_heavy_one(seed: int) -> None:
+    before, after = schedulers.compare(schedulers.COMPARISONS["fair"], seed=seed)
+    assert schedulers.lighter_tenants(after) < 0.2 * schedulers.lighter_tenants(before)
+    heavy, *light = (schedulers.by_tenant(max)(after)[name] for name in sorted(schedulers.by_tenant(max)(after)))
     assert max(light) < 0.5 * heavy
     assert after.numbers["output_throughput"] > 0.95 * before.numbers["output_throughput"]
     assert after.numbers["completed"] == len(after.requests)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_deadline_meets_more_deadlines(script: ModuleType, seed: int) -> None:
-    before, after = script.compare(script.COMPARISONS["deadline"], seed=seed)
-    assert script.deadlines_met(after) > 1.3 * script.deadlines_met(before)
+def test_deadline_meets_more_deadlines(seed: int) -> None:
+    before, after = schedulers.compare(schedulers.COMPARISONS["deadline"], seed=seed)
+    assert schedulers.deadlines_met(after) > 1.3 * schedulers.deadlines_met(before)
     late = [record for record in after.completed if not record.is_in_time]
     assert len(late) < 0.1 * len(after.requests), "admission lets in what ends too late"
     refused = [record for record in after.recorder.requests.values() if not record.is_completed]
@@ -55,26 +42,36 @@ def test_deadline_meets_more_deadlines(script: ModuleType, seed: int) -> None:
     assert len(refused) + len(after.completed) == len(after.requests)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_prefix_aware_finds_more_in_the_cache(seed: int) -> None:
+    before, after = schedulers.compare(schedulers.COMPARISONS["prefix_aware"], seed=seed)
+    assert schedulers.hit_rate(after) > 1.3 * schedulers.hit_rate(before)
+    for key in ("mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms"):
+        assert after.numbers[key] < 0.8 * before.numbers[key], key
+    assert after.numbers["output_throughput"] > 1.1 * before.numbers["output_throughput"]
+    assert after.numbers["completed"] == before.numbers["completed"] == len(before.requests)
+
+
 def test_the_committed_page_and_pictures_are_what_the_script_writes(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "docs").mkdir()
     page = shutil.copy(ROOT / "docs" / "schedulers.md", tmp_path / "docs")
-    script.main([], tmp_path)
+    schedulers.main([], tmp_path)
     assert Path(page).read_text() == (ROOT / "docs" / "schedulers.md").read_text()
     assert capsys.readouterr().out in Path(page).read_text()
-    for name in script.COMPARISONS:
+    for name in schedulers.COMPARISONS:
         assert (tmp_path / "docs" / "schedulers" / f"{name}.png").stat().st_size > 10_000
         assert (ROOT / "docs" / "schedulers" / f"{name}.png").is_file()
         assert f"schedulers/{name}.png" in Path(page).read_text()
 
 
-def test_the_page_names_every_scheduler_and_experiment(script: ModuleType) -> None:
+def test_the_page_names_every_scheduler_and_experiment() -> None:
     text = (ROOT / "docs" / "schedulers.md").read_text()
-    built_in = [c for c in script.registry().components() if c.kind == "scheduler" and c.owner.startswith("llmkit")]
+    built_in = [c for c in schedulers.registry().components() if c.kind == "scheduler" and c.owner.startswith("llmkit")]
     for component in built_in:
         assert f"| `{component.name}` |" in text
-    for name, comparison in script.COMPARISONS.items():
+    for name, comparison in schedulers.COMPARISONS.items():
         experiment = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
         assert f"/workload: {comparison.workload}\n" in experiment and f"scheduler: continuous,{name}\n" in experiment
     assert len(text.splitlines()) <= 80

@@ -194,7 +194,7 @@ def test_help_lists_foreign_components_on_stdout(
     assert caught.value.code == 0
     out, err = capsys.readouterr()
     assert (
-        "scheduler: continuous, deadline, fair, mine, priority, sequential, sjf, static" in out
+        "scheduler: continuous, deadline, fair, mine, prefix_aware, priority, sequential, sjf, static" in out
         and "max_num_batched_tokens: 2048" in out
     )
     assert err == ""

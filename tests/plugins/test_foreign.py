@@ -48,7 +48,7 @@ def test_listed_with_its_distribution(site: Path, tmp_path: Path) -> None:
 
 def test_in_help_and_errors(site: Path, tmp_path: Path) -> None:
     text = call(site, tmp_path, "-m", "llmkit.run", "--help").stdout
-    assert "scheduler: continuous, deadline, fair, lifo, priority, sequential, sjf, static" in text
+    assert "scheduler: continuous, deadline, fair, lifo, prefix_aware, priority, sequential, sjf, static" in text
     wrong = call(site, tmp_path, "-m", "llmkit.run", "scheduler=lifo", "scheduler.patience=-1")
     assert wrong.returncode == 2
     assert "scheduler.patience=-1: " in wrong.stderr and "(allowed: number, above 0.0)" in wrong.stderr

@@ -1,6 +1,7 @@
 """A scheduler at work on the fake executor, and what it did in each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -26,12 +27,13 @@ class Stage:
         scheduler: type[Scheduler],
         *,
         cache: type[CacheAllocator] = PagedCache,
+        cache_options: Mapping[str, Any] = MappingProxyType({}),
         num_blocks: int = 64,
         depth: int = 0,
         **options: Any,
     ) -> None:
         self.clock = VirtualClock()
-        allocator = cache(cache.Settings(), CacheSpec(num_blocks, 4))
+        allocator = cache(cache.Settings(**cache_options), CacheSpec(num_blocks, 4))
         planner = Planner(scheduler(scheduler.Settings(**options)), allocator)
         self.executor = FakeExecutor(4, VOCAB_SIZE)
         limits = EngineLimits(VOCAB_SIZE, num_blocks * 4)
@@ -44,7 +46,8 @@ class Stage:
     def add(self, name: str, num_prompt: int = 4, max_tokens: int = 4, **fields: Any) -> None:
         fields.setdefault("arrival_time", self.clock.now())
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.engine.add(Request(name, [ord(name[-1])] * num_prompt, params, **fields))
+        prompt = fields.pop("prompt", [ord(name[-1])] * num_prompt)
+        self.engine.add(Request(name, prompt, params, **fields))
 
     def add_unforeseen(self, name: str, num_tokens: int) -> None:
         """A request that stops after `num_tokens` tokens, which only the last of them shows."""

@@ -10,14 +10,16 @@ from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
 from llmkit_schedulers.deadline import Deadline
 from llmkit_schedulers.fair import Fair
+from llmkit_schedulers.prefix_aware import PrefixAware
 from llmkit_schedulers.priority import Priority
 from llmkit_schedulers.sequential import Sequential
 from llmkit_schedulers.sjf import ShortestJobFirst
 from llmkit_schedulers.static import Static
 
-SCHEDULERS = [Continuous, Deadline, Fair, Priority, Sequential, ShortestJobFirst, Static]
+SCHEDULERS = [Continuous, Deadline, Fair, PrefixAware, Priority, Sequential, ShortestJobFirst, Static]
 # Options under which a walk of some forty seconds goes through all a scheduler may do.
 OPTIONS: dict[type[Scheduler], dict[str, float]] = {
+    PrefixAware: {"max_wait_seconds": 10.0},
     Priority: {"ageing_seconds": 5.0},
     ShortestJobFirst: {"seconds_per_token": 1.0},
 }
