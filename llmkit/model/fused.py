@@ -56,11 +56,18 @@ class FusedLayer:
 
     def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:
         """`hidden` [N, hidden_size]; `cos`, `sin` [N, 1, head_dim] with the sign of the rotation folded into `sin`."""
+        return total(*self.extend(hidden, None, cos, sin, attend))
+
+    def extend(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer on `hidden` + `delta`; returns two parts as well, whose sum the next layer takes with its norm."""
         spec = self.spec
         num_rotated = spec.num_heads + spec.num_kv_heads
         if self._kernels is not None:
-            out: torch.Tensor = self._kernels.run(self, hidden, cos, sin, attend)
-            return out
+            parts: tuple[torch.Tensor, torch.Tensor | None] = self._kernels.run(self, hidden, delta, cos, sin, attend)
+            return parts
+        hidden = total(hidden, delta)
         qkv = self.qkv(_rms(hidden, self.input_norm))
         heads = qkv.view(hidden.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
@@ -71,7 +78,12 @@ class FusedLayer:
         context = attend(rotated[:, : spec.num_heads], rotated[:, spec.num_heads :], value)
         hidden = hidden + self.out(context.view(hidden.shape[0], -1))
         gate, up = self.gate_up(_rms(hidden, self.post_norm)).chunk(2, dim=-1)
-        return hidden + self.down(self.activation(gate) * up)
+        return hidden, self.down(self.activation(gate) * up)
+
+
+def total(hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    """The sum of what a layer returns in two parts."""
+    return hidden if delta is None else hidden + delta
 
 
 def layer_kernels(layer: FusedLayer) -> Any:
@@ -106,9 +118,10 @@ class FusedDecoder:
         """Arguments and result as in `Network`; `attentions` by layer."""
         hidden = self.embed(input_ids)
         cos, sin = self._cos[positions], self._sin[positions]
+        delta: torch.Tensor | None = None
         for layer, attend in zip(self.layers, attentions, strict=True):
-            hidden = layer(hidden, cos, sin, attend)
-        return self.logits(hidden[rows])
+            hidden, delta = layer.extend(hidden, delta, cos, sin, attend)
+        return self.logits(total(hidden[rows], None if delta is None else delta[rows]))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the first layer reads, [N, hidden_size]."""

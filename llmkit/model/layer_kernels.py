@@ -13,26 +13,28 @@ from torch import Tensor
 
 from llmkit.cuda import can_overlap
 from llmkit.interfaces.attention import KeyValueSlots
-from llmkit.model.row_kernels import MAX_ROWS, multiply_rows
+from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
 
 Norm = tuple[Tensor, float]
 
 
-def run(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-    """A `FusedLayer` on `hidden` [N, hidden_size]; arguments and result as in `FusedLayer.__call__`."""
-    if len(hidden) <= MAX_ROWS:
-        return run_few(layer, hidden, cos, sin, attend)
+def run(
+    layer: Any, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A `FusedLayer` on `hidden` + `delta` [N, hidden_size]; arguments and result as in `FusedLayer.extend`."""
+    rows, width = hidden.shape
+    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE:
+        return run_few(layer, hidden, cos, sin, attend), None
     spec = layer.spec
-    _, normed = add_rms_norm(hidden, None, layer.input_norm)
-    qkv = layer.qkv(normed).view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    hidden, normed = add_rms_norm(hidden, delta, layer.input_norm)
+    qkv = layer.qkv(normed).view(rows, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
     context = rotate_and_attend(layer, qkv, cos, sin, attend)
     hidden, normed = add_rms_norm(hidden, layer.out(context), layer.post_norm)
-    down: Tensor = layer.down(silu_and_multiply(layer.gate_up(normed)))
-    return hidden + down
+    return hidden, layer.down(silu_and_multiply(layer.gate_up(normed)))
 
 
 def run_few(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-    """`run` for up to MAX_ROWS tokens: norms, activation and sums are parts of the products."""
+    """A `FusedLayer` for few tokens: norms, activation and sums are parts of the products."""
     spec = layer.spec
     qkv = multiply_rows(hidden, layer.weights["qkv"], norm=layer.input_norm)
     heads = qkv.view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)

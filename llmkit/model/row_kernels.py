@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmkit.cuda import can_overlap
 
-MAX_ROWS = 4
-"""More rows are left to tensor cores."""
+MAX_ROWS, MAX_SIZE = 4, 4096
+"""More rows, or rows of more numbers in all, are left to tensor cores."""
 WHOLE_WIDTH = 4096
 """Inputs up to this width are read at once, wider ones in chunks of it."""
 TILE = 16384

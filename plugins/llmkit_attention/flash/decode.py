@@ -59,7 +59,7 @@ def attend_one(
     query, key_pool, value_pool, out, partial, lse, starts, owners, codes, pages, ends, arrivals, rows,
     query_n, query_h, query_d, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr,
+    ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr, LEAST: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (share, KV head): its share of the tiles, for the head's GROUP queries.
@@ -68,23 +68,25 @@ def attend_one(
     last: their normalised parts go to `partial` [share, head, 2, ROWS_PAD, DIM] and `lse` (base 2), and the share that
     arrives last at a row combines its parts.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     share, head = tl.program_id(0), tl.program_id(1)
+    # What `list_tiles` wrote is complete before any kernel of a layer starts, so it is read before the wait.
     total = tl.load(ends + rows - 1)
-    shares = tl.minimum(total, SHARES)
+    size = tl.maximum(tl.cdiv(total, SHARES), LEAST)
+    begin = share * size
+    end = tl.minimum(begin + size, total)
     member, dim, offset = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
     members, inside = member < GROUP, (dim < DIM)[None, :]
     real = members[:, None] & inside
     heads = head * GROUP + member
     place = heads[:, None] * query_h + dim[None, :] * query_d
-    if share < shares:
-        begin, end = _begin(share, total, shares), _begin(share + 1, total, shares)
+    if begin < end:
         code = tl.load(codes + begin)
         page = _pages(pages, begin, PAGE, TILE)
         opening, closing = tl.load(owners + begin), tl.load(owners + end - 1)
         opening_first, opening_last = _tiles_of(ends, opening)
         closing_first, closing_last = _tiles_of(ends, closing)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS_PAD], tl.float32)
         context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
@@ -126,17 +128,15 @@ def attend_one(
         tl.debug_barrier()
         for item in range(tl.where(closing == opening, 1, 2)):
             row = tl.where(item == 0, opening, closing)
-            first, last = (
-                tl.where(item == 0, opening_first, closing_first),
-                tl.where(item == 0, opening_last, closing_last),
-            )
+            first = tl.where(item == 0, opening_first, closing_first)
+            last = tl.where(item == 0, opening_last, closing_last)
             if (first < begin) | (last >= end):
-                first_share, last_share = _share_of(first, total, shares), _share_of(last, total, shares)
+                first_share, last_share = first // size, last // size
                 before = tl.atomic_add(arrivals + row * HEADS + head, 1, sem="acq_rel")
                 if before == last_share - first_share:
                     tl.debug_barrier()
                     tl.store(arrivals + row * HEADS + head, 0)
-                    begins_inside = (first > _begin(first_share, total, shares)).to(tl.int32)
+                    begins_inside = (first > first_share * size).to(tl.int32)
                     token = tl.load(starts + row).to(tl.int64)
                     _combine(
                         out, partial, lse, token, first_share, last_share, begins_inside, head,
@@ -148,18 +148,6 @@ def attend_one(
 def _tiles_of(ends, row):
     """A row's first and last tile."""
     return tl.load(ends + row - 1, mask=row > 0, other=0), tl.load(ends + row) - 1
-
-
-@triton.jit
-def _begin(share, total, shares):
-    """The first tile of a share."""
-    return (share.to(tl.int64) * total // shares).to(tl.int32)
-
-
-@triton.jit
-def _share_of(tile, total, shares):
-    """The share that holds a tile."""
-    return (((tile.to(tl.int64) + 1) * shares - 1) // total).to(tl.int32)
 
 
 @triton.jit

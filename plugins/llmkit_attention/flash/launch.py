@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmkit.cuda import can_overlap
 from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
@@ -18,6 +19,9 @@ PROGRAMS_PER_PROCESSOR = 2
 for programs of the next kernel, which would crowd out some of these."""
 STAGES = 4
 """Tiles of a decode program that are loaded or in use at the same time."""
+LEAST_TILES = 2
+"""A share is not smaller: parts of a row must be combined again."""
+QUERY_WARPS, QUERY_STAGES = 4, 3
 CHUNK = 128
 """Tiles that a program lists at a time."""
 
@@ -52,8 +56,9 @@ class Workspace:
         self.lse = torch.empty(max(rows), dtype=torch.float32, device=device)
 
     def shares(self, spec: LayerSpec) -> int:
-        """Programs for each KV head: all of them run at once."""
-        return max(1, self.programs // spec.num_kv_heads)
+        """Programs for each KV head: all of them run at once, and even multiples of 8 rows divide evenly."""
+        shares = self.programs // spec.num_kv_heads
+        return shares - shares % 8 if shares > 8 else max(1, shares)
 
 
 def group_pad(spec: LayerSpec) -> int:
@@ -107,7 +112,7 @@ class Launch:
             query, pool[0], pool[1], out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.owners,
             tiles.codes, tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
             spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
-            TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares,
+            TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
             WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
             PDL=self.overlaps, launch_pdl=self.overlaps, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
@@ -123,12 +128,18 @@ class Launch:
     ) -> None:
         """Fill `out` [N, num_heads, head_dim] for the `tiles` int32 [T, 2] of `queries` new tokens each."""
         spec = self.spec
+        bulk = self.block_size >= self.tile and spec.head_dim == self.dim_pad
+        keys, values = (self._tiles(part) if bulk else part for part in pool)
         attend_many[(spec.num_heads, len(tiles))](
-            query, pool[0], pool[1], out, tiles, *self._rows(batch), *query.stride(), *self._logits(),
+            query, pool[0], pool[1], keys, values, out, tiles, *self._rows(batch), *query.stride(), *self._logits(),
             HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
             QUERIES=queries, DIM_PAD=self.dim_pad, WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
-            num_warps=4, num_stages=3,
+            BULK=bulk, num_warps=QUERY_WARPS, num_stages=QUERY_STAGES,
         )  # fmt: skip
+
+    def _tiles(self, part: torch.Tensor) -> TensorDescriptor:
+        """A pool as rows of keys or values, of which the kernel takes a tile at a time."""
+        return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
 
     def _rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         return batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0)

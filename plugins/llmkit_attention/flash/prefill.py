@@ -8,12 +8,16 @@ from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
 
 @triton.jit
 def attend_many(
-    query, key_pool, value_pool, out, tiles, starts, lengths, tables, table_stride,
+    query, key_pool, value_pool, key_tiles, value_tiles, out, tiles, starts, lengths, tables, table_stride,
     query_n, query_h, query_d, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    QUERIES: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    QUERIES: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Program (query head, tile): `tiles` int32 [tiles, 2] names a row and the first of QUERIES of its new tokens."""
+    """Program (query head, tile): `tiles` int32 [tiles, 2] names a row and the first of QUERIES of its new tokens.
+
+    Tiles of keys that every query sees come first, without masks; with BULK through the descriptors `key_tiles` and
+    `value_tiles` of the pools seen as [pages * HEADS * PAGE, DIM]. Those that need a mask follow.
+    """
     head, tile = tl.program_id(0), tl.program_id(1)
     row, offset = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
     start, length = tl.load(starts + row), tl.load(lengths + row)
@@ -24,17 +28,30 @@ def attend_many(
     block = tl.load(query + token[:, None] * query_n + head * query_h + dim[None, :] * query_d, mask=real, other=0.0)
     lowest = length - count + offset
     begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE if WINDOW else 0
+    middle = begin if WINDOW else (lowest + 1) // TILE * TILE
     end = tl.minimum(lowest + QUERIES, length)
     table = tables + row.to(tl.int64) * table_stride
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     context = tl.zeros([QUERIES, DIM_PAD], tl.float32)
+    kv_head, inside = head // GROUP, (dim < DIM)[None, :]
     page = page_ids(table, begin, end, PAGE, TILE)
-    for first in range(begin, end, TILE):
-        keys = first + tl.arange(0, TILE)
-        base = offsets(page, keys, head // GROUP, HEADS, PAGE, DIM)
+    for first in range(begin, middle, TILE):
+        base = offsets(page, first + tl.arange(0, TILE), kv_head, HEADS, PAGE, DIM)
+        place = ((page * HEADS + kv_head) * PAGE + first % PAGE).to(tl.int32) if BULK else 0
         page = page_ids(table, first + TILE, end, PAGE, TILE)
-        here = (keys < end)[:, None] & (dim < DIM)[None, :]
+        if BULK:
+            stored, values = key_tiles.load([place, 0]), value_tiles.load([place, 0])
+        else:
+            stored = tl.load(key_pool + base[:, None] + dim[None, :], mask=inside, other=0.0)
+            values = tl.load(value_pool + base[:, None] + dim[None, :], mask=inside, other=0.0)
+        logits = scores(block, tl.trans(stored), scale, softcap, SOFTCAP)
+        top, total, context = accumulate(logits, values, top, total, context)
+    for first in range(middle, end, TILE):
+        keys = first + tl.arange(0, TILE)
+        base = offsets(page, keys, kv_head, HEADS, PAGE, DIM)
+        page = page_ids(table, first + TILE, end, PAGE, TILE)
+        here = (keys < end)[:, None] & inside
         stored = tl.load(key_pool + base[:, None] + dim[None, :], mask=here, other=0.0)
         logits = scores(block, tl.trans(stored), scale, softcap, SOFTCAP)
         visible = keys[None, :] <= position[:, None]

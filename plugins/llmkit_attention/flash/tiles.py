@@ -28,10 +28,12 @@ def offsets(
 @triton.jit
 def scores(query, keys, scale, softcap, SOFTCAP: tl.constexpr):
     """Scaled and capped logits in base 2: `query` [M, D], `keys` [D, TILE] -> float32 [M, TILE]."""
-    logits = tl.dot(query, keys) * scale
     if SOFTCAP:
+        logits = tl.dot(query, keys) * scale
         logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
-    return logits * 1.4426950408889634
+        return logits * 1.4426950408889634
+    else:
+        return tl.dot(query, keys) * (scale * 1.4426950408889634)
 
 
 @triton.jit
