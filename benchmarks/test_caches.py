@@ -1,5 +1,6 @@
-"""Host cost of the allocators alone: growth, turnover, and the check that tests run after every step."""
+"""Host cost of the allocators alone: growth, turnover, reuse, and the check that tests run after every step."""
 
+from itertools import count
 from random import Random
 from typing import Any
 
@@ -10,8 +11,10 @@ from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.types import Request, SamplingParams
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
+from llmkit_caches.radix import RadixCache
 
-CACHES = [PagedCache, ContiguousCache]
+CACHES = [PagedCache, RadixCache, ContiguousCache]
+SHARING = [PagedCache, RadixCache]
 BLOCK_SIZE, NUM_REQUESTS, NUM_BLOCKS_EACH = 16, 256, 64
 LENGTH = BLOCK_SIZE * NUM_BLOCKS_EACH
 
@@ -75,3 +78,32 @@ def test_checking_the_books(benchmark: BenchmarkFixture, cache: type[CacheAlloca
         allocator.allocate(request, LENGTH)
     benchmark.pedantic(allocator.check, rounds=20)
     assert allocator.stats().num_free_blocks == 0
+
+
+@pytest.mark.parametrize("cache", SHARING)
+def test_publishing_a_block_each(benchmark: BenchmarkFixture, cache: type[CacheAllocator]) -> None:
+    """256 requests fill a block in the same step, of tokens that nobody else has."""
+    allocator, requests = build(cache)
+    for number, request in enumerate(requests):
+        request.token_ids = [number, *range(1, LENGTH)]
+        assert allocator.allocate(request, LENGTH)
+    reach = iter(range(BLOCK_SIZE, LENGTH + 1, BLOCK_SIZE))
+
+    def commit(upto: int) -> None:
+        for request in requests:
+            allocator.commit(request, upto)
+
+    benchmark.pedantic(commit, setup=lambda: ((next(reach),), {}), rounds=NUM_BLOCKS_EACH - 2, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("cache", SHARING)
+def test_finding_a_prompt_of_1024_tokens(benchmark: BenchmarkFixture, cache: type[CacheAllocator]) -> None:
+    """It is cached but for its last block. Another request asks each time, so nothing is remembered."""
+    allocator, _ = build(cache)
+    params, prompt = SamplingParams(max_tokens=1), list(range(LENGTH))
+    first = Request("first", prompt, params)
+    assert allocator.allocate(first, LENGTH)
+    allocator.commit(first, LENGTH)
+    names = (Request(str(number), list(prompt), params) for number in count())
+    found = benchmark.pedantic(allocator.match, setup=lambda: ((next(names),), {}), rounds=1000, warmup_rounds=10)
+    assert found == LENGTH - BLOCK_SIZE

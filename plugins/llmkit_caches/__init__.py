@@ -3,9 +3,11 @@
 from llmkit import Registry, hookimpl
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
+from llmkit_caches.radix import RadixCache
 
 
 @hookimpl
 def llmkit_register(registry: Registry) -> None:
     registry.add_cache("paged", PagedCache)
+    registry.add_cache("radix", RadixCache)
     registry.add_cache("contiguous", ContiguousCache)

@@ -11,8 +11,9 @@ from llmkit.testing.caches import audit
 from llmkit.testing.machine import cache_machine
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
+from llmkit_caches.radix import RadixCache
 
-CACHES = [PagedCache, ContiguousCache]
+CACHES = [PagedCache, RadixCache, ContiguousCache]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -28,6 +29,10 @@ def test_every_cache_keeps_its_promises_alone(cache: type[CacheAllocator]) -> No
 
 
 class PagedMachine(cache_machine(PagedCache).TestCase, TestCase):  # type: ignore[misc]
+    settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+
+
+class RadixMachine(cache_machine(RadixCache).TestCase, TestCase):  # type: ignore[misc]
     settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None)
 
 

@@ -6,17 +6,19 @@ import pytest
 from pydantic import ValidationError
 
 from llmkit.interfaces.cache import CacheSpec
+from llmkit.testing.schedulers import build_cache
 from llmkit.types import Request, SamplingParams
 from llmkit_caches.eviction import POLICIES
-from llmkit_caches.paged import PagedCache, PagedSettings
+from llmkit_caches.paged import PagedCache
+from llmkit_caches.radix import RadixCache
+from llmkit_caches.sharing import SharingCache
 
 
 class Pool:
     """A pool of one-token blocks; a request is a word, whose letters are its blocks."""
 
-    def __init__(self, num_blocks: int, eviction: str) -> None:
-        settings = PagedSettings.model_validate({"eviction": eviction})
-        self.cache = PagedCache(settings, CacheSpec(num_blocks, 1))
+    def __init__(self, num_blocks: int, eviction: str, cache: type[SharingCache] = PagedCache) -> None:
+        self.cache = build_cache(cache, CacheSpec(num_blocks, 1), {"eviction": eviction})
 
     def use(self, *words: str) -> None:
         """Requests come, are computed and leave, one after the other."""
@@ -32,19 +34,23 @@ class Pool:
         return self.cache.match(Request("?", [*map(ord, word), 0], SamplingParams()))
 
 
+@pytest.mark.parametrize("cache", [PagedCache, RadixCache])
 @pytest.mark.parametrize("num_wanted", [0, 1, 2, 3])
 @pytest.mark.parametrize(("eviction", "order"), [("lru", "bca"), ("lfu", "cba"), ("fifo", "abc")])
-def test_each_policy_has_its_order(eviction: str, order: str, num_wanted: int) -> None:
-    pool = Pool(4, eviction)
+def test_each_policy_has_its_order(eviction: str, order: str, num_wanted: int, cache: type[SharingCache]) -> None:
+    pool = Pool(4, eviction, cache)
     pool.use("a", "b", "c", "b", "b", "c", "a", "a", "a")  # the fourth block is for whoever runs
     pool.use("1234"[: 1 + num_wanted])
     assert [letter for letter in order if not pool.knows(letter)] == list(order[:num_wanted])
 
 
+@pytest.mark.parametrize("cache", [PagedCache, RadixCache])
 @pytest.mark.parametrize("num_wanted", range(6))
 @pytest.mark.parametrize("eviction", POLICIES)
-def test_the_end_of_a_sequence_goes_before_its_beginning(eviction: str, num_wanted: int) -> None:
-    pool = Pool(6, eviction)
+def test_the_end_of_a_sequence_goes_before_its_beginning(
+    eviction: str, num_wanted: int, cache: type[SharingCache]
+) -> None:
+    pool = Pool(6, eviction, cache)
     pool.use("abcde")
     pool.use("123456"[: 1 + num_wanted])
     assert pool.knows("abcde") == 5 - num_wanted
@@ -62,8 +68,9 @@ def test_what_is_used_is_never_evicted(eviction: str) -> None:
     assert not pool.cache.allocate(Request("late", [1, 2, 3], SamplingParams()), 3)
 
 
-def test_every_policy_can_be_chosen_and_no_other() -> None:
-    options = get_args(PagedSettings.model_fields["eviction"].annotation)
+@pytest.mark.parametrize("cache", [PagedCache, RadixCache])
+def test_every_policy_can_be_chosen_and_no_other(cache: type[SharingCache]) -> None:
+    options = get_args(cache.Settings.model_fields["eviction"].annotation)
     assert options == tuple(POLICIES)
     with pytest.raises(ValidationError):
-        PagedSettings.model_validate({"eviction": "mru"})
+        cache.Settings.model_validate({"eviction": "mru"})

@@ -35,9 +35,9 @@ Install = Callable[..., Path]
         ("llmkit run sch", ["scheduler.", "scheduler="]),
         ("llmkit run plo", ["plots_dir="]),
         ("llmkit run --mu", ["--multirun"]),
-        ("llmkit run cache=", ["cache=contiguous", "cache=paged"]),
+        ("llmkit run cache=", ["cache=contiguous", "cache=paged", "cache=radix"]),
         ("llmkit run attention=a", ["attention=auto"]),
-        ("llmkit run -m cache=paged,", ["cache=paged,contiguous", "cache=paged,paged"]),
+        ("llmkit run -m cache=paged,", ["cache=paged,contiguous", "cache=paged,paged", "cache=paged,radix"]),
         ("llmkit run engine=", ["engine=default", "engine=exact"]),
         ("llmkit run engine.dev", ["engine.device="]),
         ("llmkit run engine.device=", ["engine.device=auto", "engine.device=cpu", "engine.device=cuda"]),
@@ -75,7 +75,7 @@ def test_bash_completes_behind_the_equals_sign(tmp_path: Path) -> None:
     script = subprocess.run([llmkit(), "completion", "bash"], capture_output=True, text=True, check=True).stdout
     (tmp_path / "completion.bash").write_text(script)
     assert bash(tmp_path, "llmkit run sched") == ["scheduler.", "scheduler="]
-    assert bash(tmp_path, "llmkit run cache=") == ["contiguous", "paged"]
+    assert bash(tmp_path, "llmkit run cache=") == ["contiguous", "paged", "radix"]
     assert bash(tmp_path, "llmkit run -m cache=paged,con") == ["paged,contiguous"]
 
 

@@ -101,7 +101,7 @@ def test_sweep_reports_what_cannot_run_and_runs_the_rest(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["cache=pagd"], "llmkit: unknown cache 'pagd'; did you mean 'paged'? (choices: contiguous, paged)\n"),
+        (["cache=pagd"], "llmkit: unknown cache 'pagd'; did you mean 'paged'? (choices: contiguous, paged, radix)\n"),
         (["scheduler.max_num_seqs=0"], "(allowed: integer, 1 to 4096)\n"),
         (["model=hf"], "llmkit: model.path: a value is required\n"),
         (["model=hf", "model.path=/no/such/folder"], "/no/such/folder"),

@@ -79,11 +79,11 @@ def test_plain_is_a_fixed_point_of_resolve(registry: Registry) -> None:
     ("changes", "says"),
     [
         ({"scheduler": {"name": "contnuous"}}, "unknown scheduler 'contnuous'; did you mean 'continuous'? (choices: "),
-        ({"cache": {"name": "pagd"}}, "did you mean 'paged'? (choices: contiguous, paged)"),
+        ({"cache": {"name": "pagd"}}, "did you mean 'paged'? (choices: contiguous, paged, radix)"),
         ({"attention": {"name": "sdp"}}, "unknown attention 'sdp'; did you mean 'sdpa'?"),
         ({"model": {"name": "embeded"}}, "unknown model 'embeded'; did you mean 'embedded'?"),
         ({"workload": {"name": "gird"}}, "unknown workload 'gird'; did you mean 'grid'?"),
-        ({"cache": {}}, "cache: give a name (choices: contiguous, paged)"),
+        ({"cache": {}}, "cache: give a name (choices: contiguous, paged, radix)"),
         ({"attention": {"name": "auto", "split": 3}}, "attention.split: no such option (options: none)"),
         ({"model": {"name": "hf"}}, "model.path: a value is required"),
         (

@@ -20,13 +20,14 @@ WAVES = [
 ]
 
 
+@pytest.mark.parametrize("cache", ["paged", "radix"])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("num_blocks", [48, 14], ids=["roomy", "evicting"])
-def test_repeated_prompts_give_the_tokens_of_transformers(name: str, depth: int, num_blocks: int) -> None:
+def test_repeated_prompts_give_the_tokens_of_transformers(name: str, depth: int, num_blocks: int, cache: str) -> None:
     model = tiny_model(name)
     plain = model.as_transformers()
-    llm = LLM(model, block_size=BLOCK_SIZE, num_blocks=num_blocks, depth=depth, fused=False)
+    llm = LLM(model, cache=cache, block_size=BLOCK_SIZE, num_blocks=num_blocks, depth=depth, fused=False)
     tap, number, num_cached = Tap(llm), 0, []
     for wave in WAVES:
         with ReallyFloat64():

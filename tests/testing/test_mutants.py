@@ -16,9 +16,14 @@ from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
 from llmkit.engine.steady import SteadyDecode
 from llmkit.testing import check_cache, check_scheduler
+from llmkit.testing.caches import audit
 from llmkit_caches.contiguous import ContiguousCache
+from llmkit_caches.hashed import HashIndex
+from llmkit_caches.index import PrefixIndex
 from llmkit_caches.paged import PagedCache
-from llmkit_caches.prefix import PrefixIndex
+from llmkit_caches.radix import RadixCache
+from llmkit_caches.radix_tree import RadixIndex
+from llmkit_caches.sharing import SharingCache
 
 Bug = tuple[Callable[..., Any], str, str]
 
@@ -83,32 +88,34 @@ BATCHING: dict[str, Bug] = {
 }  # fmt: skip
 
 CACHES: dict[str, Bug] = {
-    "one block too few": (PagedCache.allocate, "-(-upto // self.spec.block_size)", "upto // self.spec.block_size"),
-    "not all or nothing": (
-        PagedCache.allocate, "len(self._free) + self._index.num_idle:\n        return False", "0:\n        pass"),
-    "blocks leak": (PagedCache.free, ", 0)", ", 1)"),
-    "truncate takes one block too many": (PagedCache.truncate, "-(-upto //", "(upto //"),
-    "blocks are freed twice": (PagedCache._release, "self._free.append(block)", "self._free.extend((block, block))"),
-    "growth moves the table": (PagedCache.allocate, "table.append(block)", "table.insert(0, block)"),
+    "one block too few": (SharingCache.allocate, "-(-upto // self.spec.block_size)", "upto // self.spec.block_size"),
+    "not all or nothing": (SharingCache._grow, "return False", "pass"),
+    "starting is not all or nothing": (SharingCache._start, "return None", "pass"),
+    "blocks leak": (SharingCache.free, ", 0)", ", 1)"),
+    "truncate takes one block too many": (SharingCache.truncate, "-(-upto //", "(upto //"),
+    "blocks are freed twice": (SharingCache._release, "self._free.append(block)", "self._free.extend((block, block))"),
+    "growth moves the table": (SharingCache._grow, "table.append(block)", "table.insert(0, block)"),
     "blocks are published before they are computed": (
-        PagedCache.allocate, "table.append(block)\n    return True",
-        "table.append(block)\n    self.commit(request, min(upto, request.num_tokens))\n    return True"),
+        SharingCache.allocate, "return table is not None and self._grow(table, num_blocks)",
+        "done = table is not None and self._grow(table, num_blocks)\n"
+        "    self.commit(request, min(upto, request.num_tokens) if done else 0)\n    return done"),
     "more is published than was computed": (
-        PagedCache.commit, "= num_computed_tokens // self.spec.block_size",
+        SharingCache.commit, "= num_computed_tokens // self.spec.block_size",
         "= min(request.num_tokens, len(self.block_table(request)) * self.spec.block_size) // self.spec.block_size"),
     "half a block is published": (
-        PagedCache.commit, "= num_computed_tokens // self.spec.block_size",
+        SharingCache.commit, "= num_computed_tokens // self.spec.block_size",
         "= -(-num_computed_tokens // self.spec.block_size)"),
-    "what was reused counts as unpublished": (PagedCache.allocate, "= len(reusable)", "= 0"),
-    "what was given back counts as published": (PagedCache.truncate, "= len(table)", "= 99"),
+    "what was reused counts as unpublished": (SharingCache._start, "= len(table)", "= 0"),
+    "what was given back counts as published": (SharingCache.truncate, "= len(table)", "= 99"),
     "publication is remembered for the next request of that name": (
-        PagedCache.free, "self._num_published.pop(request.request_id, None)", "pass"),
-    "reuse is not counted": (PagedCache.allocate, "self._ref_counts[prefix.blocks[0]] += 1", "pass"),
-    "reused blocks count as free": (PagedCache._missing, "+ sum(prefix.is_idle for prefix in reusable)", ""),
-    "less is missing than allocate takes": (
-        PagedCache.num_missing_blocks, "self._reusable(request, upto))", "())\n    - 1"),
-    "reused blocks can be evicted": (PagedCache.allocate, "self._index.use(prefix)", "pass"),
-    "copies that became redundant leak": (PagedCache.commit, "self._free += self._index", "self._index"),
+        SharingCache.free, "self._num_published.pop(request.request_id, None)", "pass"),
+    "reuse is not counted": (SharingCache._start, "self._ref_counts[cached.blocks[0]] += 1", "pass"),
+    "reused blocks count as free": (SharingCache._num_taken, "+ sum(cached.is_idle for cached in reusable)", ""),
+    "more is missing than allocate takes": (
+        SharingCache.num_missing_blocks, "self._num_taken(self._reusable(request, num_blocks), num_blocks)",
+        "num_blocks"),
+    "reused blocks can be evicted": (SharingCache._start, "self._index.use(cached)", "pass"),
+    "copies that became redundant leak": (SharingCache.commit, "self._free += self._index", "self._index"),
     "a request whose prompt must run reuses": (
         PrefixIndex.find, "request.sampling_params.prompt_logprobs is not None", "False"),
     "the last token is not computed": (PrefixIndex.find, "(request.num_tokens - 1)", "request.num_tokens"),
@@ -117,15 +124,27 @@ CACHES: dict[str, Bug] = {
         "-(-(request.num_tokens - 1) // self._block_size)"),
     "evicted prefixes are remembered": (PrefixIndex.find, "not found[-1].blocks", "False"),
     "another request's prefixes are remembered": (PrefixIndex.find, "self._last[0] is request", "True"),
-    "tenants share": (PrefixIndex._root, "salt = _salt(request)", "salt = ()"),
-    "equal hashes count as equal tokens": (PrefixIndex._child, "and prefix.token_ids == token_ids", ""),
-    "equal hashes count as equal beginnings": (PrefixIndex._child, "prefix.parent is parent and", ""),
-    "an old place in the queue counts": (PrefixIndex.evict, "prefix.ticket == ticket", "True"),
-    "evicted prefixes can be found": (PrefixIndex.evict, "bucket.remove(prefix)", "pass"),
-    "the queue misses what becomes evictable": (PrefixIndex.evict, "elif parent.is_idle:", "elif False:"),
-    "a prefix goes before what stands behind it": (PrefixIndex.release, "if not prefix.num_children:", "if True:"),
-    "copies are all kept": (PrefixIndex.release, "len(prefix.blocks) > 1", "False"),
-    "an unused copy stands beside a used one": (PrefixIndex.publish, "if prefix.is_idle:", "if False:"),
+    "tenants share": (HashIndex._root, "salt = _salt(request)", "salt = ()"),
+    "equal hashes count as equal tokens": (HashIndex._child, "and cached.token_ids == token_ids", ""),
+    "equal hashes count as equal beginnings": (HashIndex._child, "cached.parent is parent and", ""),
+    "an old place in the queue counts": (PrefixIndex.evict, "cached.ticket == ticket", "True"),
+    "evicted prefixes can be found": (HashIndex._remove, "bucket.remove(cached)", "pass"),
+    "the queue misses what becomes evictable": (PrefixIndex.evict, "parent.is_idle and", "False and"),
+    "a prefix goes before what stands behind it": (PrefixIndex.release, "if self._is_last(cached):", "if True:"),
+    "copies are all kept": (PrefixIndex.release, "len(cached.blocks) > 1", "False"),
+    "an unused copy stands beside a used one": (PrefixIndex.publish, "if cached.is_idle:", "if False:"),
+    "a tree grows for all tenants": (RadixIndex._add, "setdefault(request.tenant,", "setdefault('',"),
+    "runs are not compared": (
+        RadixIndex._extend, "self._num_equal(node.token_ids, at * size, token_ids, start, num)", "num"),
+    "halves of runs are not compared": (RadixIndex._num_equal, "first, last = low", "first, last = middle"),
+    "the first difference in a run is found one block late": (RadixIndex._num_equal, "return low", "return low + 1"),
+    "a run is left without being split": (RadixIndex._add, "parent.at + 1 < len(node.run)", "False"),
+    "a split forgets what branches off": (RadixIndex._split, "node.run[at:], node.children)", "node.run[at:])"),
+    "a split leaves blocks in the wrong run": (RadixIndex._split, "cached.node, cached.at = behind, place", "pass"),
+    "a split leaves branches on the wrong run": (RadixIndex._split, "child.parent = behind", "pass"),
+    "runs go on behind a branch": (RadixIndex._add, "or node.children:", "or False:"),
+    "an empty run stays": (RadixIndex._remove, "del parent.children[token_ids]", "pass"),
+    "tokens of an evicted block stay": (RadixIndex._remove, "del node.token_ids[-size:]", "pass"),
     "holes overlap": (ContiguousCache.allocate, "(start + size, length - size)", "(start + size - 1, length - size)"),
     "holes never merge": (ContiguousCache.free, "sum(merged[-1]) == start", "False"),
     "a run is freed twice": (ContiguousCache.free, "self._runs.pop(", "self._runs.get("),
@@ -167,5 +186,8 @@ def test_bugs_of_a_scheduler_are_found(bug: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("bug", CACHES)
 def test_bugs_of_a_cache_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = plant(monkeypatch, CACHES[bug])
+    cache = {"ContiguousCache": ContiguousCache, "RadixIndex": RadixCache}.get(owner, Colliding)
     with pytest.raises(AssertionError, match="seed"):
-        check_cache(ContiguousCache if owner == "ContiguousCache" else Colliding, seeds=range(60))
+        for seed in range(100):
+            audit(cache, seed, {})
+        check_cache(cache, seeds=range(60))

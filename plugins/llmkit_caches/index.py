@@ -1,0 +1,194 @@
+"""Which full blocks can be found again: what every index of cached prefixes shares.
+
+A cached block stands for all tokens up to its end, of one tenant. Whoever uses it uses everything before it, so what
+stands behind an unused one is unused as well: unused ones can always go, the outermost first, and nothing cached ever
+stands behind something evicted. A subclass says how blocks hang together and how the next one is found.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Generic, TypeVar
+
+from llmkit import Request
+from llmkit_caches.eviction import EvictionPolicy
+
+
+@dataclass(slots=True, eq=False)
+class CachedBlock:
+    """One block of tokens behind others, and the blocks of the pool that hold its KV.
+
+    There are several while requests use copies that they computed side by side, none once it is evicted. It is idle
+    while nobody uses it. `ticket` is its place in the queue for eviction, 0 if it has none. For the rest see `Cached`.
+    """
+
+    blocks: list[int] = field(default_factory=list, kw_only=True)
+    published_at: int = field(default=0, kw_only=True)
+    released_at: int = field(default=0, kw_only=True)
+    num_uses: int = field(default=0, kw_only=True)
+    is_idle: bool = field(default=False, kw_only=True)
+    ticket: int = field(default=0, kw_only=True)
+
+
+C = TypeVar("C", bound=CachedBlock)
+
+
+class PrefixIndex(ABC, Generic[C]):
+    """Published blocks of every tenant. It is told which are used and which are not; it counts no references."""
+
+    def __init__(self, block_size: int, policy: EvictionPolicy) -> None:
+        self.num_idle = 0
+        self._block_size = block_size
+        self._policy = policy
+        self._of_block: dict[int, C] = {}
+        self._queue: list[tuple[tuple[int, ...], int, C]] = []
+        self._time = 0
+        self._last: tuple[Request | None, list[C]] = None, []
+
+    # How blocks hang together ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _extend(self, request: Request, found: list[C], limit: int) -> None:
+        """Append what is cached of `request` behind `found`, up to `limit` blocks in all."""
+
+    @abstractmethod
+    def _child(self, request: Request, parent: C | None, token_ids: tuple[int, ...]) -> C | None:
+        """The cached block of these tokens behind `parent`; behind nothing, it is one of the request's tenant."""
+
+    @abstractmethod
+    def _add(self, request: Request, parent: C | None, token_ids: tuple[int, ...]) -> C:
+        """A new one, where `_child` found none."""
+
+    @abstractmethod
+    def _remove(self, cached: C) -> C | None:
+        """Take out a block behind which there is none; the one before it, if there is one."""
+
+    @abstractmethod
+    def _is_last(self, cached: C) -> bool:
+        """Whether nothing cached stands behind it."""
+
+    @abstractmethod
+    def _parents(self) -> Iterable[tuple[C, C | None]]:
+        """Every cached block and the one before it, for `check`; AssertionError where the shape itself is wrong."""
+
+    # What is the same for all ------------------------------------------------------------------------------------
+
+    def find(self, request: Request) -> Sequence[C]:
+        """The first cached blocks of `request`, in order, that leave its last token to be computed.
+
+        None of a request that wants log-probabilities of its prompt, because all of that must run. Asking again for
+        the same request costs only what has changed since.
+        """
+        if request.sampling_params.prompt_logprobs is not None:
+            return ()
+        found = self._last[1] if self._last[0] is request else []
+        while found and not found[-1].blocks:
+            found.pop()
+        self._extend(request, found, (request.num_tokens - 1) // self._block_size)
+        self._last = request, found
+        return found
+
+    def forget(self) -> None:
+        """Drop what `find` remembers of the last request: its answer has been used."""
+        self._last = None, []
+
+    def publish(self, request: Request, table: Sequence[int], first: int, end: int) -> list[int]:
+        """Make blocks `first` to `end` of a request findable, whose KV is valid. Returns blocks this made redundant."""
+        redundant: list[int] = []
+        size = self._block_size
+        cached = self._of_block[table[first - 1]] if first else None
+        for index in range(first, end):
+            token_ids = tuple(request.token_ids[index * size : (index + 1) * size])
+            cached = self._child(request, cached, token_ids) or self._add(request, cached, token_ids)
+            if cached.is_idle:
+                redundant += cached.blocks
+                for block in cached.blocks:
+                    del self._of_block[block]
+                cached.blocks.clear()
+            self.use(cached)
+            cached.blocks.append(table[index])
+            self._of_block[table[index]] = cached
+        return redundant
+
+    def use(self, cached: C) -> None:
+        """One more request uses `cached`; it cannot be evicted until all its blocks are released."""
+        cached.num_uses += 1
+        if cached.is_idle:
+            cached.is_idle, cached.ticket = False, 0
+            self.num_idle -= 1
+
+    def release(self, block: int) -> bool:
+        """Nobody uses `block` any more. Whether it is kept: a published one is, unless there is another copy."""
+        cached = self._of_block.get(block)
+        if cached is None:
+            return False
+        if len(cached.blocks) > 1:
+            cached.blocks.remove(block)
+            del self._of_block[block]
+            return False
+        cached.is_idle, cached.released_at = True, self._tick()
+        self.num_idle += 1
+        if self._is_last(cached):
+            self._queue_up(cached)
+        return True
+
+    def evict(self) -> int:
+        """Forget the unused block that the policy ranks lowest among the last ones. There must be one."""
+        while True:
+            _, ticket, cached = heappop(self._queue)
+            if cached.ticket == ticket:
+                break
+        parent = self._remove(cached)
+        block = cached.blocks.pop()
+        del self._of_block[block]
+        cached.is_idle, cached.ticket = False, 0
+        self.num_idle -= 1
+        if parent is not None and parent.is_idle and self._is_last(parent):
+            self._queue_up(parent)
+        return block
+
+    def check(self, ref_counts: Sequence[int], tables: Iterable[tuple[Sequence[int], int]]) -> None:
+        """Raise AssertionError where the books are wrong.
+
+        `ref_counts` says how many tables hold each block; each of `tables` comes with how many of it are published.
+        """
+        parents = dict(self._parents())
+        self._check_use(parents, ref_counts)
+        for table, num_published in tables:
+            chain = [self._of_block.get(block) for block in table]
+            assert all(chain[:num_published]), f"{table}: not all of {num_published} blocks can be found"
+            assert not any(chain[num_published:]), f"{table}: blocks beyond {num_published} can be found"
+            for parent, cached in zip([None, *chain], chain[:num_published], strict=False):
+                assert cached is not None and parents[cached] is parent, f"{table}: cached blocks are not in a row"
+
+    def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
+        of_block = {block: cached for cached in parents for block in cached.blocks}
+        assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
+        for cached, parent in parents.items():
+            counts = [ref_counts[block] for block in cached.blocks]
+            assert counts, "an evicted block can still be found"
+            assert cached.is_idle == (counts == [0]), f"blocks {cached.blocks} are used {counts} times"
+            assert cached.is_idle or all(counts), f"blocks {cached.blocks}: an unused copy is kept"
+            assert cached.is_idle or parent is None or not parent.is_idle, "a used block stands behind an unused one"
+        assert self.num_idle == sum(cached.is_idle for cached in parents), "unused blocks are miscounted"
+        queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
+        with_children = set(parents.values())
+        for cached in parents:
+            assert self._is_last(cached) == (cached not in with_children), "what stands last is not known"
+            can_go = cached.is_idle and self._is_last(cached)
+            assert (cached in queued) == can_go, "what can be evicted is not what waits for it"
+
+    def _queue_up(self, cached: C) -> None:
+        """It can go from now on. Entries of those that have been used since are swept out before they pile up."""
+        cached.ticket = self._tick()
+        heappush(self._queue, (self._policy.rank(cached), cached.ticket, cached))
+        if len(self._queue) > 2 * self.num_idle + 64:
+            self._queue = [entry for entry in self._queue if entry[2].ticket == entry[1]]
+            heapify(self._queue)
+
+    def _tick(self) -> int:
+        self._time += 1
+        return self._time

@@ -1,0 +1,28 @@
+"""Radix KV cache: paged blocks whose prefixes are found in a tree (Zheng et al. 2024, "SGLang")."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from llmkit import CacheSpec
+from llmkit import Settings as AnySettings
+from llmkit_caches.eviction import POLICIES
+from llmkit_caches.radix_tree import RadixIndex
+from llmkit_caches.sharing import SharingCache
+
+
+class RadixSettings(AnySettings):
+    """Options of the radix cache."""
+
+    eviction: Literal["lru", "lfu", "fifo"] = Field("lru", description="which unused cached block makes room first")
+
+
+class RadixCache(SharingCache):
+    """Block tables over a free list; full blocks are found again in a radix tree of token runs."""
+
+    Settings: ClassVar[type[AnySettings]] = RadixSettings
+
+    def __init__(self, settings: RadixSettings, spec: CacheSpec) -> None:
+        super().__init__(settings, spec, RadixIndex(spec.block_size, POLICIES[settings.eviction]()))

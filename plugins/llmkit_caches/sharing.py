@@ -1,0 +1,131 @@
+"""What caches that reuse prefixes share: block tables over a pool whose blocks may have several owners.
+
+Blocks are free, used (counted by reference) or cached: published, used by nobody, kept until their room is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmkit import CacheAllocator, CacheSpec, CacheStats, Request, Settings
+from llmkit_caches.index import CachedBlock, PrefixIndex
+
+
+class SharingCache(CacheAllocator):
+    """Any free block serves any request, and full blocks that were computed once serve whoever needs them."""
+
+    def __init__(self, settings: Settings, spec: CacheSpec, index: PrefixIndex[Any], is_on: bool = True) -> None:
+        super().__init__(settings, spec)
+        self._free = list(range(spec.num_blocks - 1, -1, -1))
+        self._ref_counts = [0] * spec.num_blocks
+        self._tables: dict[str, list[int]] = {}
+        self._is_on = is_on
+        self._index = index
+        self._num_published: dict[str, int] = {}
+
+    def match(self, request: Request) -> int:
+        return len(self._index.find(request)) * self.spec.block_size if self._is_on else 0
+
+    def num_missing_blocks(self, request: Request, upto: int) -> int:
+        num_blocks = -(-upto // self.spec.block_size)
+        table = self._tables.get(request.request_id)
+        if table is None:
+            return self._num_taken(self._reusable(request, num_blocks), num_blocks)
+        return max(0, num_blocks - len(table))
+
+    def allocate(self, request: Request, upto: int) -> bool:
+        num_blocks = -(-upto // self.spec.block_size)
+        table = self._tables.get(request.request_id)
+        if table is None:
+            table = self._start(request, num_blocks)
+        return table is not None and self._grow(table, num_blocks)
+
+    def _start(self, request: Request, num_blocks: int) -> list[int] | None:
+        """A table with the blocks that `request` reuses; None if there is no room for `num_blocks` in all."""
+        reusable = self._reusable(request, num_blocks)
+        if self._num_taken(reusable, num_blocks) > len(self._free) + self._index.num_idle:
+            return None
+        table: list[int] = []
+        for cached in reusable:
+            self._index.use(cached)
+            self._ref_counts[cached.blocks[0]] += 1
+            table.append(cached.blocks[0])
+        if num_blocks:
+            self._tables[request.request_id] = table
+            self._num_published[request.request_id] = len(table)
+            self._index.forget()
+        return table
+
+    def _grow(self, table: list[int], num_blocks: int) -> bool:
+        """Append new blocks up to `num_blocks`; all or none."""
+        num_new = num_blocks - len(table)
+        if num_new > len(self._free) and num_new > len(self._free) + self._index.num_idle:
+            return False
+        for _ in range(num_new):
+            block = self._free.pop() if self._free else self._index.evict()
+            self._ref_counts[block] = 1
+            table.append(block)
+        return True
+
+    def _reusable(self, request: Request, num_blocks: int) -> Sequence[CachedBlock]:
+        """What `request` reuses of its first `num_blocks` blocks when it starts."""
+        return self._index.find(request)[:num_blocks] if self._is_on else ()
+
+    def _num_taken(self, reusable: Sequence[CachedBlock], num_blocks: int) -> int:
+        """How many of `num_blocks` belong to nobody yet: the new ones, and reused ones that are only cached."""
+        return num_blocks - len(reusable) + sum(cached.is_idle for cached in reusable)
+
+    def commit(self, request: Request, num_computed_tokens: int) -> None:
+        num_full = num_computed_tokens // self.spec.block_size
+        num_published = self._num_published.get(request.request_id, 0)
+        if num_full <= num_published or not self._is_on:
+            return
+        table = self._tables[request.request_id]
+        self._free += self._index.publish(request, table, num_published, num_full)
+        self._num_published[request.request_id] = num_full
+
+    def truncate(self, request: Request, upto: int) -> None:
+        table = self._tables.get(request.request_id, [])
+        self._release(table, -(-upto // self.spec.block_size))
+        if len(table) < self._num_published.get(request.request_id, 0):
+            self._num_published[request.request_id] = len(table)
+        if not table:
+            self.free(request)
+
+    def free(self, request: Request) -> None:
+        self._release(self._tables.pop(request.request_id, []), 0)
+        self._num_published.pop(request.request_id, None)
+
+    def _release(self, table: list[int], keep: int) -> None:
+        """Give back all but the first `keep` blocks, the last first: what stands behind an unused one is unused."""
+        while len(table) > keep:
+            block = table.pop()
+            self._ref_counts[block] -= 1
+            if not self._ref_counts[block] and not self._index.release(block):
+                self._free.append(block)
+
+    def block_table(self, request: Request) -> Sequence[int]:
+        return self._tables.get(request.request_id, ())
+
+    def stats(self) -> CacheStats:
+        num_free, num_cached = len(self._free), self._index.num_idle
+        return CacheStats(self.spec.num_blocks - num_free - num_cached, num_cached, num_free)
+
+    def census(self) -> dict[int, tuple[str, ...]]:
+        owners: dict[int, list[str]] = {}
+        for request_id, table in self._tables.items():
+            for block in table:
+                owners.setdefault(block, []).append(request_id)
+        return {block: tuple(ids) for block, ids in owners.items()}
+
+    def check(self) -> None:
+        super().check()
+        census = self.census()
+        for block, count in enumerate(self._ref_counts):
+            assert count == len(census.get(block, ())), f"block {block}: {count} references, {census.get(block, ())}"
+        assert len(set(self._free)) == len(self._free), "a block is on the free list twice"
+        assert not set(self._free) & census.keys(), "an owned block is on the free list"
+        assert self._num_published.keys() <= self._tables.keys(), "blocks of a request that is gone count as published"
+        tables = ((table, self._num_published.get(name, 0)) for name, table in self._tables.items())
+        self._index.check(self._ref_counts, tables)
