@@ -52,11 +52,14 @@ class Deadline(ContinuousBatching):
         return request.deadline if request.deadline is not None else implied, request.arrival_time
 
     def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
-        if queue.running:  # so what ran since the last call was a step
-            seconds, known = step.now - self._planned_at, self._step_seconds
-            self._step_seconds = known + NEWEST * (seconds - known) if known else seconds
-        self._planned_at = step.now
+        self._measure(queue, step.now)
         super().schedule(queue, step)
+
+    def _measure(self, queue: RequestQueue, now: float) -> None:
+        if queue.running:  # so what passed since the last call was a step
+            seconds, known = now - self._planned_at, self._step_seconds
+            self._step_seconds = known + NEWEST * (seconds - known) if known else seconds
+        self._planned_at = now
 
     def order_waiting(self, waiting: Sequence[RequestView], now: float) -> Iterable[RequestView]:
         return sorted(waiting, key=self.rank)

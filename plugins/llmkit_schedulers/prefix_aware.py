@@ -34,4 +34,4 @@ class PrefixAware(ContinuousBatching):
         yield from waiting[lookahead:]
 
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
-        return not num_waiting or not num_free_seqs  # nobody is displaced, so there is nothing to look up
+        return super().repeats(num_waiting and num_free_seqs, num_free_seqs)  # nobody is displaced

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmkit import ContinuousBatching, ContinuousBatchingSettings, RequestView, SchedulerSettings
+from llmkit import ContinuousBatching, ContinuousBatchingSettings, RequestView, SchedulerSettings, SchedulingStep
 
 
 class ShortestJobFirstSettings(ContinuousBatchingSettings):
@@ -35,8 +35,8 @@ class ShortestJobFirst(ContinuousBatching):
     def order_waiting(self, waiting: Sequence[RequestView], now: float) -> Iterable[RequestView]:
         return sorted(waiting, key=self.rank)
 
-    def order_running(self, running: Sequence[RequestView], now: float) -> Sequence[RequestView]:
-        return sorted(running, key=self.rank)
+    def victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
+        return max(candidates, key=self.rank)
 
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
-        return not num_waiting or not num_free_seqs  # nobody is displaced
+        return super().repeats(num_waiting and num_free_seqs, num_free_seqs)  # nobody is displaced

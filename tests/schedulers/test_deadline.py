@@ -25,8 +25,9 @@ def test_who_runs_is_not_displaced(make_stage: Any) -> None:
 
 
 def test_whoever_is_due_last_gives_way_when_blocks_run_out(make_stage: Any) -> None:
-    stage = make_stage(Deadline, num_blocks=4)
-    stage.add("lax", num_prompt=6, max_tokens=8, deadline=90.0), stage.add("urgent", num_prompt=6, max_tokens=8)
+    stage = make_stage(Deadline, num_blocks=5)
+    stage.add("lax", num_prompt=6, max_tokens=10, deadline=90.0), stage.step()
+    stage.add("urgent", num_prompt=6, max_tokens=10)
     stage.steps()
     assert stage.num_preemptions == {"lax": 1, "urgent": 0}
 

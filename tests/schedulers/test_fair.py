@@ -48,6 +48,19 @@ def test_absence_saves_nothing_up(make_stage: Any, depth: int) -> None:
     assert "aaa" not in turns and "bbb" not in turns, turns
 
 
+def test_leaving_clears_no_debt(make_stage: Any) -> None:
+    """a got much while b waited; a leaves and is back in the next step, but b still goes first."""
+    stage = make_stage(Fair, max_num_seqs=2, num_blocks=128)
+    stage.add("b0", max_tokens=90, tenant="b"), stage.add("a0", num_prompt=200, max_tokens=1, tenant="a")
+    stage.step(), stage.step()
+    assert "a0" in stage.ended
+    stage.step()
+    for name in ("a1", "b1", "a2", "b2"):
+        stage.add(name, max_tokens=1, tenant=name[0])
+    stage.steps()
+    assert sorted((name for name in stage.ended if name != "b0"), key=stage.ended.get) == ["a0", "b1", "b2", "a1", "a2"]
+
+
 def test_tenants_that_stay_share_evenly_all_the_time(make_stage: Any) -> None:
     """Requests of very different sizes, always some of each waiting: counters differ by what is running at most."""
     stage = make_stage(Fair, max_num_seqs=4, num_blocks=128)

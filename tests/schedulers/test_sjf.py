@@ -30,8 +30,9 @@ def test_who_runs_is_not_displaced(make_stage: Any) -> None:
 
 
 def test_the_longest_gives_way_when_blocks_run_out(make_stage: Any) -> None:
-    stage = make_stage(ShortestJobFirst, num_blocks=4)
-    stage.add("long", num_prompt=6, max_tokens=8, length_hint=80), stage.add("short", num_prompt=6, max_tokens=8)
+    stage = make_stage(ShortestJobFirst, num_blocks=5)
+    stage.add("long", num_prompt=6, max_tokens=10, length_hint=80), stage.step()
+    stage.add("short", num_prompt=6, max_tokens=10)
     stage.steps()
     assert stage.num_preemptions == {"long": 1, "short": 0}
 
