@@ -121,11 +121,13 @@ def products_of_rows(shape: Shape) -> None:
 
 
 def sampler(shape: Shape) -> None:
-    """The choice of tokens, with and without a table of tokens to store them in."""
+    """The choice of tokens, with and without a table of tokens to store them in, and by filters."""
     logits, numbers = torch.empty(4, shape.vocab_size, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     made = DeviceSampler(shape.vocab_size, 4, CPU)
     made.choose(logits, numbers, numbers)
     made.choose(logits, numbers, numbers, torch.zeros(4, 100, dtype=torch.int64))
+    made.choose_filtered(logits, numbers, numbers)
+    made.choose_filtered(logits.float(), numbers, numbers)
 
 
 LAUNCHES: dict[str, Callable[[Shape], None]] = {

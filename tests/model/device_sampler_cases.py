@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from llmkit.model.sampling import sampler as sampler_module
 from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.sampling.draw import block_size_for, draw
 from llmkit.model.sampling.noise import noise_key, uniforms
+from llmkit.model.sampling.nucleus import Filters, draw_filtered
 from llmkit.types import SamplingParams
 from tests.model.chisquare import deviation
 
@@ -73,6 +76,32 @@ def test_chooses_what_the_cpu_chooses(vocab_size: int, dtype: torch.dtype) -> No
     assert torch.equal(stored, token_ids) and int((tokens >= 0).sum()) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(7, torch.float32), (97, torch.bfloat16), (1000, torch.float32), (1000, torch.float16), (20000, torch.bfloat16)],
+)
+def test_filters_keep_what_they_keep_on_the_cpu(vocab_size: int, dtype: torch.dtype) -> None:
+    """In bfloat16 most logits have equals, which all filters may cut through."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    params = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature, top_k, top_p, min_p in itertools.product((0.6, 1.5), (0, 1, 40), (1.0, 0.9, 0.3), (0.0, 0.2))
+    ]
+    logits = (torch.randn(len(params), vocab_size, generator=generator) * 3).to(dtype)
+    logits[:, ::5] = -torch.inf
+    positions = [3 + 17 * slot % 29 for slot in range(len(params))]
+    made = DeviceSampler(vocab_size, len(params), DEVICE)
+    for slot, asked in enumerate(params):
+        made.set_slot(slot, asked.temperature, noise_key(slot), asked.top_k, asked.top_p, asked.min_p)
+    token_ids, values = made.choose_filtered(logits.to(DEVICE), numbered(list(range(len(params)))), numbered(positions))
+    assert values.isfinite().all()
+    scaled = logits.float() / torch.tensor([[asked.temperature] for asked in params])
+    keys = np.array([noise_key(slot) for slot in range(len(params))], dtype=np.uint64)
+    noise = torch.from_numpy(uniforms(keys, np.array(positions, dtype=np.uint64)))
+    wanted, _ = draw_filtered(scaled, Filters.of(params, vocab_size, torch.device("cpu")), noise[0])
+    assert token_ids.tolist() == wanted.tolist()
+
+
 def test_draws_follow_the_softmax() -> None:
     rows = 20000 if DEVICE.type == "cuda" else 600
     row = torch.randn(90, generator=torch.Generator().manual_seed(3)) * 2
@@ -96,7 +125,12 @@ def test_broken_rows_are_told_and_get_a_valid_id(temperature: float) -> None:
     logits = torch.zeros(5, 300, device=DEVICE)
     logits[1, 17], logits[2], logits[3, 5], logits[4, 1:] = torch.nan, -torch.inf, torch.inf, -torch.inf
     zeros = numbered([0] * 5)
-    token_ids, values = sampler(300, [temperature]).choose(logits, zeros, zeros)
+    made = sampler(300, [temperature])
+    token_ids, values = made.choose(logits, zeros, zeros)
+    if temperature > 0:
+        filtered_ids, filtered_values = made.choose_filtered(logits, zeros, zeros)
+        assert torch.equal(filtered_values.isfinite(), values.isfinite())
+        assert filtered_ids[4] == 0 and all(0 <= token_id < 300 for token_id in filtered_ids.tolist())
     assert values.isfinite().tolist() == [True, False, False, False, True]
     assert token_ids[4] == 0 and all(0 <= token_id < 300 for token_id in token_ids.tolist())
 

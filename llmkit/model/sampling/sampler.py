@@ -4,7 +4,7 @@ Order of operations, per row: logit bias; masks (allowed, bad, and end tokens be
 (repetition, then frequency and presence); temperature; top-k; top-p; min-p; draw. Up to the temperature that is
 vLLM's order, from there on transformers'. Rows that ask for nothing pay for nothing: the host knows every row's
 parameters, so an all-greedy batch is one argmax, and plain temperature one softmax and one sum. On an NVIDIA GPU plain
-rows and plain draws are those of `device_sampler`, so that a CUDA graph may choose them without a different outcome.
+rows and all draws are those of `device_sampler`, so that a CUDA graph may choose them without a different outcome.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Sampler:
         edits = SlotEdits.of(params, self._vocab_size, self._eos_token_ids, self._device)
         state = self._slots[slot] = Slot(params, noise_key(seed), num_prompt_tokens, edits)
         if self.on_device is not None:
-            self.on_device.set_slot(slot, 0.0 if state.is_greedy else params.temperature, state.key)
+            temperature = 0.0 if state.is_greedy else params.temperature
+            self.on_device.set_slot(slot, temperature, state.key, params.top_k, params.top_p, params.min_p)
         (self._with_min_tokens.add if params.min_tokens else self._with_min_tokens.discard)(slot)
         self._plan = None
 
@@ -110,11 +111,11 @@ class Sampler:
         return state
 
     def _draw(self, draws: Draws, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        if draws.filters is None and self._runs_kernels(logits):
+        if self._runs_kernels(logits):
             rows = self._rows(draws.group, logits, positions, tokens)
-            slots = self._planned_for[0]
-            chosen = draws.group.rows
-            return self._choose(rows, [slots[row] for row in chosen], [positions[row] for row in chosen])
+            slots = [self._planned_for[0][row] for row in draws.group.rows]
+            ends = [positions[row] for row in draws.group.rows]
+            return self._choose(rows, slots, ends, draws.filters is not None)
         here = np.array([positions[row] for row in draws.group.rows], dtype=np.uint64)
         noise = to_device(torch.from_numpy(uniforms(draws.keys, here)), self._device)
         rows = self._rows(draws.group, logits, positions, tokens)
@@ -132,9 +133,12 @@ class Sampler:
     def _runs_kernels(self, logits: Tensor) -> bool:
         return self.on_device is not None and logits.dtype is not torch.float64
 
-    def _choose(self, logits: Tensor, slots: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, logits: Tensor, slots: list[int], positions: list[int], is_filtered: bool = False
+    ) -> tuple[Tensor, Tensor]:
         places = to_device([slots, positions], self._device, torch.int64)
-        chosen: tuple[Tensor, Tensor] = self.on_device.choose(logits, places[0], places[1])
+        choose = self.on_device.choose_filtered if is_filtered else self.on_device.choose
+        chosen: tuple[Tensor, Tensor] = choose(logits, places[0], places[1])
         return chosen
 
     def _rows(self, group: Group, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> Tensor:
