@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from llmkit.engine.inputs import InputBuilder
@@ -28,7 +28,7 @@ class _Stay:
     next_start: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     """Where a row's queries stand, where their keys go and where all keys up to `end` are read."""
 
@@ -41,7 +41,7 @@ class _Row:
     has_failed: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pending:
     executor: OracleExecutor
     number: int
@@ -102,7 +102,8 @@ class OracleExecutor:
         assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
         rows = self._packed(plan) if self.packs else [self._plain(row) for row in plan.scheduled]
         errors = self._errors(plan)
-        rows = [replace(row, has_failed=True) if at in errors else row for at, row in enumerate(rows)]
+        for at in errors:
+            rows[at].has_failed = True
         for row in rows:
             self._write(row)
         tokens = [self._sample(row, wanted.samples) for row, wanted in zip(rows, plan.scheduled, strict=True)]
@@ -163,11 +164,14 @@ class OracleExecutor:
         return rows
 
     def _write(self, row: _Row) -> None:
+        size, kv, tags = self.block_size, self._kv, row.stay.tags
         for position, at in zip(range(row.start, row.end), row.writes, strict=True):
-            block, offset = divmod(at, self.block_size)
+            block, offset = divmod(at, size)
             if not offset:
-                self._kv[block] = [None] * self.block_size
-            self._kv[block][offset] = None if row.has_failed else row.stay.tags[position]
+                kv[block] = [None] * size
+            kv[block][offset] = None if row.has_failed else tags[position]
+        if not self.in_flight:
+            return
         written = {at // self.block_size for at in row.writes}
         for pending in self.in_flight:
             for other in pending.rows:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec, CacheStats
 from llmkit.interfaces.settings import Settings
-from llmkit.testing.tags import next_token
+from llmkit.testing.tags import digests_of, extend, sample
 from llmkit.types import FinishReason, Request
 
 
@@ -17,12 +17,15 @@ def continuation(
     """What a request that has not run yet must produce alone or in any company, on a `FakeExecutor`."""
     params = request.sampling_params
     stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-    tokens, start = list(request.token_ids), request.num_prompt_tokens
-    while len(tokens) < min(request.max_num_tokens, max_model_len):
-        tokens.append(next_token(request.seed, tokens, vocab_size))
-        if tokens[-1] in stops and len(tokens) - start >= params.min_tokens:
-            return tokens[start:], FinishReason.STOP
-    return tokens[start:], FinishReason.LENGTH
+    most = min(request.max_num_tokens, max_model_len) - request.num_prompt_tokens
+    tokens: list[int] = []
+    digest = digests_of(request.token_ids)[-1]
+    while len(tokens) < most:
+        tokens.append(sample(request.seed, digest, vocab_size))
+        if tokens[-1] in stops and len(tokens) >= params.min_tokens:
+            return tokens, FinishReason.STOP
+        digest = extend(digest, tokens[-1])
+    return tokens, FinishReason.LENGTH
 
 
 class ReferenceCache(CacheAllocator):
