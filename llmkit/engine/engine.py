@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pluggy
 
+from llmkit.engine.containment import one_line
 from llmkit.engine.limits import EngineLimits, check_request
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress, StepOutput
@@ -31,7 +33,10 @@ class _InFlight:
     fault: BaseException | None = None
 
     def result(self) -> StepResult:
-        """The step's result; if it failed, one error for each of its rows. A broken invariant is never contained."""
+        """The step's result; if it failed, one error for each of its rows. A broken invariant is never contained.
+
+        An interrupt goes on up; the step stays in flight and can be waited for again.
+        """
         try:
             if self.pending is not None:
                 return self.pending.wait()
@@ -39,8 +44,7 @@ class _InFlight:
             self.fault = fault
         if isinstance(self.fault, AssertionError):
             raise self.fault
-        reason = str(self.fault).strip().partition("\n")[0]
-        message = f"the step failed: {type(self.fault).__name__}{': ' if reason else ''}{reason}"
+        message = f"the step failed: {one_line(self.fault)}"
         if isinstance(self.fault, Exception):
             log.error(message, exc_info=self.fault)
         return StepResult(self.plan.step_id, (), errors=dict.fromkeys(range(len(self.plan.scheduled)), message))
@@ -86,22 +90,34 @@ class Engine:
             request = self.planner.requests.get(request_id)
             if request is not None:
                 self._finish(request, FinishReason.ABORT)
+        self.planner.containment.release()
 
     def step(self) -> list[StepOutput]:
-        """Plan a step, launch it, then take in the oldest results until at most `depth` steps are in flight."""
+        """Plan a step, launch it, then take in the oldest results until at most `depth` steps are in flight.
+
+        What a plugin raises comes up from here; call again to go on. Only requests it concerns are affected.
+        """
+        if self._has_failed():
+            self._land_all_but(0)  # a launch was interrupted
         planned_at = self.clock.now()
         plan, rejected = self.planner.plan(planned_at)
         for request, reason in rejected.items():
             self._finish(request, FinishReason.ERROR, reason)
         if plan is not None:
             self._launch(plan, planned_at)
-        has_failed = bool(self._in_flight) and self._in_flight[-1].fault is not None
         # Nothing may be launched behind a failed step: it would read what that one did not write.
-        num_to_keep = 0 if plan is None or has_failed else self.depth
-        while len(self._in_flight) > num_to_keep:
-            self._land(self._in_flight.popleft())
+        self._land_all_but(0 if plan is None or self._has_failed() else self.depth)
+        self.planner.containment.release()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _has_failed(self) -> bool:
+        return bool(self._in_flight) and self._in_flight[-1].fault is not None
+
+    def _land_all_but(self, num_to_keep: int) -> None:
+        while len(self._in_flight) > num_to_keep:
+            result = self._in_flight[0].result()
+            self._land(self._in_flight.popleft(), result)
 
     def _launch(self, plan: StepPlan, planned_at: float) -> None:
         """A launch that fails lands like any other step, and ends the requests it ran; an interrupt goes on up."""
@@ -117,9 +133,8 @@ class Engine:
         finally:
             step.sent_at = self.clock.now()
 
-    def _land(self, step: _InFlight) -> None:
+    def _land(self, step: _InFlight, result: StepResult) -> None:
         """Advance lengths, append tokens, check stops, tell the observers."""
-        result = step.result()
         landed_at = self.clock.now()
         if self.hooks is None or not self.hooks.llmkit_step_finished.get_hookimpls():
             self._take_in(step.plan, result, landed_at)
@@ -148,12 +163,22 @@ class Engine:
                 self._finish(request, FinishReason.ERROR, result.errors[row])
             elif plan.scheduled[row].samples:
                 new_tokens[request.request_id] = 1
-                reason = progress.add_token(result.token_ids[row], result.logprobs.get(row), now)
-                if reason is not None:
-                    self._finish(request, reason)
-                elif progress.streams:
-                    self._outputs.append(progress.take_output())
+                self._hear(progress, partial(progress.add_token, result.token_ids[row], result.logprobs.get(row), now))
         return new_tokens
+
+    def _hear(self, progress: Progress, add: Callable[[], FinishReason | None]) -> None:
+        """`add` a token to one request's output. If that raises, only this request ends."""
+        error = None
+        try:
+            reason = add()
+        except BaseException as fault:
+            error = self.planner.containment.take(fault, "its output")
+            reason = FinishReason.ERROR
+            progress.give_up_text()
+        if reason is not None:
+            self._finish(progress.request, reason, error)
+        elif progress.streams:
+            self._outputs.append(progress.take_output())
 
     def _take_in_steadily(self, steady: SteadyDecode, result: StepResult) -> dict[str, int]:
         """The same for a step that repeats the one before: only who may end or heeds every token is looked at."""
@@ -169,11 +194,7 @@ class Engine:
             if request.epoch != crew.lineup.epochs[row]:
                 continue
             progress = self._progress[request.request_id]
-            reason = progress.heed(token_ids[row], result.logprobs.get(row))
-            if reason is not None:
-                self._finish(request, reason)
-            elif progress.streams:
-                self._outputs.append(progress.take_output())
+            self._hear(progress, partial(progress.heed, token_ids[row], result.logprobs.get(row)))
         return new_tokens
 
     def _heeding_rows(self, crew: Crew) -> list[int]:
@@ -199,4 +220,7 @@ class Engine:
                 request.priority,
                 request.deadline,
             )
-            self.hooks.llmkit_request_finished(event=event)
+            try:
+                self.hooks.llmkit_request_finished(event=event)
+            except BaseException as fault:
+                self.planner.containment.keep(fault)

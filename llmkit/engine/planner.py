@@ -37,6 +37,7 @@ class Planner:
         self._running: list[RequestView] = []
         self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
         self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
+        self.containment = self._residency.containment
         self._num_planned_steps = 0
         self._samples_all = False
         self._steady: SteadyDecode | None = None
@@ -66,6 +67,7 @@ class Planner:
 
     def plan(self, now: float) -> tuple[StepPlan | None, dict[Request, str]]:
         """Let the scheduler choose. Returns the plan, None when nothing runs, and rejected requests with reasons."""
+        self._residency.retry()
         plan = self._repeat()
         if plan is not None:
             return plan, {}
@@ -73,6 +75,7 @@ class Planner:
         step = PlannedStep(self._residency, self.scheduler.settings.max_num_batched_tokens, now)
         try:
             self.scheduler.schedule(self._queue, step)
+            edits = self._edits(step)
         except BaseException:
             step.rollback()
             raise
@@ -80,7 +83,7 @@ class Planner:
             step.close()
             self._update_queues(step)
         rejected = {view._request: reason for view, reason in step.rejected.items()}
-        return (self._compile(step) if step.grants else None), rejected
+        return (self._compile(step, edits) if step.grants else None), rejected
 
     def _repeat(self) -> StepPlan | None:
         """The step before once more, if the scheduler lets it go on and every running request is decoding."""
@@ -94,7 +97,11 @@ class Planner:
             if not all(map(is_decoding, requests)):
                 return None
             self._steady = SteadyDecode(requests, self._residency, self._num_planned_steps)
-        plan = self._steady.plan()
+        try:
+            plan = self._steady.plan()
+        except BaseException:
+            self._end_repeating()
+            raise
         self._num_planned_steps += plan is not None
         return plan
 
@@ -119,13 +126,17 @@ class Planner:
                 self._waiting.insert(0, view)
         self._running.extend(step.admitted)
 
-    def _compile(self, step: PlannedStep) -> StepPlan:
+    def _edits(self, step: PlannedStep) -> tuple[BlockTableEdit, ...]:
+        """What the device must hear of block tables; changes nothing, so that an allocator may fail here."""
+        requests = [view._request for view in step.grants]
+        return tuple([self._residency.edit(one) for one in requests if one.num_blocks > one.num_sent_blocks])
+
+    def _compile(self, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> StepPlan:
         """Turn grants into plain data and mark their tokens as in flight."""
         step_id = self._num_planned_steps
         self._num_planned_steps += 1
         admissions = tuple(_admission(view._request) for view in step.admitted)
         rows: list[ScheduledRequest] = []
-        edits: list[BlockTableEdit] = []
         for view, num_tokens in step.grants.items():
             request = view._request
             start = request.num_computed_tokens + request.num_in_flight_tokens
@@ -136,10 +147,9 @@ class Planner:
             request.num_service_tokens += num_tokens
             request.num_pending_samples += samples
             request.last_step_id = step_id
-            if request.num_blocks > request.num_sent_blocks:
-                edits.append(self._residency.edit(request))
+            request.num_sent_blocks = request.num_blocks
         self._samples_all = all(row.samples for row in rows)
-        return StepPlan(step_id, tuple(rows), admissions, tuple(edits))
+        return StepPlan(step_id, tuple(rows), admissions, edits)
 
     def lands_steadily(self, plan: StepPlan, result: StepResult) -> SteadyDecode | None:
         """Where `plan` can be landed as one of steps that repeat; None if its rows are to be looked at one by one."""
@@ -152,7 +162,7 @@ class Planner:
     def land(self, plan: StepPlan, failed_rows: Container[int] = ()) -> list[Request | None]:
         """A step has run: its rows' KV is valid, but for failed ones. Stale rows (preempted, finished) give None."""
         landed: list[Request | None] = []
-        requests, commit = self.requests, self.allocator.commit
+        requests, publish = self.requests, self._residency.publish
         for row, (request_id, _, start, num_tokens, samples, epoch) in enumerate(plan.scheduled):
             request = requests.get(request_id)
             if request is None or request.epoch != epoch:
@@ -162,7 +172,7 @@ class Planner:
             request.num_pending_samples -= samples
             request.num_computed_tokens = start + num_tokens
             if row not in failed_rows:
-                commit(request, start + num_tokens)
+                publish(request, start + num_tokens)
             landed.append(request)
         self._residency.land(plan.step_id)
         return landed

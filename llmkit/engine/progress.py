@@ -97,6 +97,10 @@ class Progress:
         """Log-probabilities of the prompt tokens after position `start`; recomputed ones replace the first."""
         self.prompt_logprobs[start:] = logprobs
 
+    def give_up_text(self) -> None:
+        """The detokenizer has failed: the text ends here."""
+        self._detokenizer = None
+
     def take_output(self) -> StepOutput:
         """What is new since the last call; text that may turn out to be a stop string is held back."""
         tokens = tuple(self.request.token_ids[self.request.num_prompt_tokens + self._num_emitted_tokens :])

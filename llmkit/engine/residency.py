@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from llmkit.engine.containment import Containment
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.types import BlockTableEdit, Request
 
@@ -21,6 +22,7 @@ class Residency:
         self.num_reclaiming_blocks = 0
         self.num_held_blocks = 0
         self.num_scheduled_tokens = 0
+        self.containment = Containment()
         self._num_stays = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._pinned: deque[tuple[int, Request, int]] = deque()
@@ -37,15 +39,27 @@ class Residency:
         """Cover positions below `upto` with blocks; all or nothing."""
         if not self.allocator.allocate(request, upto):
             return False
-        num_blocks = len(self.allocator.block_table(request))
+        try:
+            num_blocks = len(self.allocator.block_table(request))
+        except BaseException:
+            if not request.num_blocks:
+                self.allocator.free(request)
+            raise
         self.num_held_blocks += num_blocks - request.num_blocks
         request.num_blocks = num_blocks
         return True
 
     def edit(self, request: Request) -> BlockTableEdit:
-        """The blocks of `request` that the device does not know yet; from now on it does."""
-        first, request.num_sent_blocks = request.num_sent_blocks, request.num_blocks
+        """The blocks of `request` that the device does not know yet; whoever sends it counts them as sent."""
+        first = request.num_sent_blocks
         return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
+
+    def publish(self, request: Request, num_computed_tokens: int) -> None:
+        """KV below `num_computed_tokens` is valid. An allocator that fails to publish it harms nobody."""
+        try:
+            self.allocator.commit(request, num_computed_tokens)
+        except BaseException as fault:
+            self.containment.take(fault, "publishing KV")
 
     def enter(self, request: Request) -> None:
         """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free."""
@@ -65,9 +79,24 @@ class Residency:
             self._pinned.append((request.last_step_id, request, slot))
             self.num_reclaiming_blocks += num_blocks
             return 0
-        num_before = self.num_unowned_blocks
-        self._give_back(request, slot)
-        return self.num_unowned_blocks - num_before
+        num_before = self._count_unowned()
+        try:
+            self.allocator.free(request)
+        except BaseException as fault:
+            self.containment.take(fault, "freeing blocks")
+            self._pinned.appendleft((-1, request, slot))
+            self.num_reclaiming_blocks += num_blocks
+            return 0
+        self._free_slots.append(slot)
+        return max(0, self._count_unowned() - num_before)
+
+    def _count_unowned(self) -> int:
+        """Blocks nobody owns; 0 if the allocator fails to say, which must not keep a request from leaving."""
+        try:
+            return self.num_unowned_blocks
+        except BaseException as fault:
+            self.containment.take(fault, "counting blocks")
+            return 0
 
     def is_pinned(self, request: Request) -> bool:
         """Whether blocks of an earlier stay under this id still wait for a step in flight."""
@@ -77,10 +106,18 @@ class Residency:
         """Step `step_id` has run: give back what only it and earlier steps named."""
         self.num_landed_steps = step_id + 1
         while self._pinned and self._pinned[0][0] <= step_id:
-            _, request, slot = self._pinned.popleft()
-            self.num_reclaiming_blocks -= len(self.allocator.block_table(request))
-            self._give_back(request, slot)
+            _, request, slot = self._pinned[0]
+            try:
+                num_blocks = len(self.allocator.block_table(request))
+                self.allocator.free(request)
+            except BaseException as fault:  # it is tried again before the next step is planned
+                self.containment.take(fault, "freeing blocks")
+                return
+            self._pinned.popleft()
+            self.num_reclaiming_blocks -= num_blocks
+            self._free_slots.append(slot)
 
-    def _give_back(self, request: Request, slot: int) -> None:
-        self.allocator.free(request)
-        self._free_slots.append(slot)
+    def retry(self) -> None:
+        """Give back what an allocator failed to free."""
+        if self._pinned and self._pinned[0][0] < self.num_landed_steps:
+            self.land(self.num_landed_steps - 1)

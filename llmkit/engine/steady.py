@@ -57,7 +57,12 @@ class Crew:
 
 
 def is_decoding(request: Request) -> bool:
-    """Whether a running request has just one token to run, or none because its last one is on its way."""
+    """Whether a running request has just one token to run, or none because its last one is on its way.
+
+    One whose blocks the device does not know yet, since the step that was to tell failed, needs a step of its own.
+    """
+    if request.num_sent_blocks != request.num_blocks:
+        return False
     target = request.num_tokens + request.num_pending_samples
     ahead = target - request.num_computed_tokens - request.num_in_flight_tokens
     return ahead == 1 or target >= request.max_num_tokens
@@ -130,7 +135,10 @@ class SteadyDecode:
             if not self._residency.reserve(row.request, row.start + self._num_planned + 1):
                 return None
             self._expect_growth(row)
-        return tuple([self._residency.edit(row.request) for row in rows])
+        edits = tuple([self._residency.edit(row.request) for row in rows])
+        for row in rows:
+            row.request.num_sent_blocks = row.request.num_blocks
+        return edits
 
     def owns(self, plan: StepPlan) -> bool:
         """Whether `plan` came from here."""
@@ -185,4 +193,4 @@ class SteadyDecode:
         if num_new_landed:
             request.num_tokens += num_new_landed
             request.num_computed_tokens += num_new_landed
-            self._residency.allocator.commit(request, request.num_computed_tokens)
+            self._residency.publish(request, request.num_computed_tokens)

@@ -42,7 +42,7 @@ CORE: dict[str, Bug] = {
         Residency.leave, "request.num_computed_tokens = request.num_in", "request.num_in"),
     "the block table is not sent again after a preemption": (
         Residency.leave, "request.num_blocks = request.num_sent_blocks = 0", "request.num_blocks = 0"),
-    "new blocks are not sent": (Planner._compile, "request.num_blocks > request.num_sent_blocks", "not start"),
+    "new blocks are not sent": (Planner._edits, "one.num_blocks > one.num_sent_blocks", "not one.num_sent_blocks"),
     "pending samples are not counted": (
         Planner._compile, "request.num_tokens + request.num_pending_samples", "request.num_tokens"),
     "tokens in flight are scheduled again": (

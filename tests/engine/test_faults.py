@@ -1,0 +1,73 @@
+"""Faults stay where they are: a sample of the cells that `make nightly` goes through, on every pair of two and two."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+
+from llmkit.engine.engine import Engine
+from llmkit.engine.residency import Residency
+from llmkit.errors import PluginError
+from llmkit_caches.contiguous import ContiguousCache
+from llmkit_caches.paged import PagedCache
+from llmkit_schedulers.continuous import Continuous
+from llmkit_schedulers.priority import Priority
+from tests.nightly.faults import EXCEPTIONS, HOOKS, NUM_WITNESSES, Cell, draw_cells, draw_requests, run_cell
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    """What is contained is logged with its traceback."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("scheduler", "cache"), list(product([Continuous, Priority], [PagedCache, ContiguousCache])))
+def test_a_fault_anywhere_leaves_its_witnesses_alone(scheduler: Any, cache: Any) -> None:
+    raised: Counter[str] = Counter()
+    for cell in draw_cells(seed=7, number=6 * len(HOOKS)):
+        raised[cell.hook] += run_cell(cell, scheduler, cache)
+    assert min(raised[hook] for hook in HOOKS) > 0, raised
+    assert raised.total() > 3 * len(HOOKS), raised
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_first_call_of_every_hook_may_raise(hook: str, depth: int, exception: type[BaseException]) -> None:
+    assert run_cell(Cell(hook, 1, exception, depth, seed=5), Continuous, PagedCache)
+
+
+def test_blocks_reserved_for_a_step_that_fails_reach_the_device_with_the_next() -> None:
+    """Steps repeat: one row has got its next block when the row behind it fails to get one."""
+    assert run_cell(Cell("allocate", 2, StopIteration, 2, 637), Continuous, PagedCache)
+
+
+def test_cells_go_through_all_hooks_and_exceptions() -> None:
+    cells = list(draw_cells(seed=0, number=len(HOOKS) * len(EXCEPTIONS)))
+    assert len({(cell.hook, cell.exception) for cell in cells}) == len(HOOKS) * len(EXCEPTIONS)
+    assert {MemoryError, KeyboardInterrupt, ValueError, PluginError} <= set(EXCEPTIONS)
+    assert len(draw_requests(3)) == NUM_WITNESSES + 1 and cells == list(draw_cells(seed=0, number=len(cells)))
+
+
+def test_the_cells_bite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Landing that is cut short, or a block that is never freed, would be seen."""
+
+    def uncontained(self: Any, progress: Any, add: Any) -> None:
+        reason = add()
+        if reason is not None:
+            self._finish(progress.request, reason)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_hear", uncontained)
+        with pytest.raises(AssertionError, match=r"ValueError in call 1 of heed, depth 0, seed 5: no end after"):
+            run_cell(Cell("heed", 1, ValueError, 0, 5), Continuous, PagedCache)
+    monkeypatch.setattr(Residency, "retry", lambda self: None)
+    monkeypatch.setattr(Residency, "land", lambda self, step_id: setattr(self, "num_landed_steps", step_id + 1))
+    with pytest.raises(AssertionError):
+        run_cell(Cell("free", 1, ValueError, 2, 5), Continuous, PagedCache)
