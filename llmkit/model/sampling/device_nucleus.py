@@ -30,40 +30,49 @@ def choose_filtered(
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row), tl.load(positions + row)
-    temperature, top_k = temperature_of(settings, slot), tl.load(filters + 3 * slot)
-    top_p = tl.load(filters + 3 * slot + 1).to(tl.float64, bitcast=True)
-    min_p = tl.load(filters + 3 * slot + 2).to(tl.float64, bitcast=True)
+    temperature, row_logits = temperature_of(settings, slot), logits + row * stride
     block = tl.arange(0, BLOCKS)
     of_blocks = tl.load(tops + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
     top = tl.max(of_blocks, 0)
     mass = tl.load(masses + row * num_blocks + block, mask=block < num_blocks, other=0.0)
     total = tl.sum(mass * weights_of(of_blocks, top, temperature), 0)
     tl.store(values + row, tl.where((total > 0.0) & (total < float("inf")), total, float("nan")))
-    row_logits = logits + row * stride
-    high, least = _key(top, UNUSED), _key(tl.full([], float("-inf"), tl.float32), UNUSED)
-    if top_k > 0:
-        kth_block = _kth(of_blocks, top_k, least, high, UNUSED)
-        least = _highest_with(
-            row_logits, vocab_size, kth_block, high, top_k.to(tl.float64), top, temperature, False, TILE, UNUSED
-        )
-    kept, _, _ = _from(row_logits, vocab_size, least, 0.0, top, temperature, TILE, UNUSED)
-    # What lies below this weighs less than a thousandth of what top-p drops, or than any draw can tell from nothing.
-    share = tl.maximum(1.0 - top_p, 1e-9).to(tl.float32)
-    low = tl.maximum(least, _key(top - temperature * tl.log(1e3 * vocab_size / share), UNUSED))
-    if top_p < 1.0:
-        wanted = top_p * kept
-        low = _highest_with(row_logits, vocab_size, low, high, wanted, top, temperature, True, TILE, UNUSED)
-        reached, equals, weight = _from(row_logits, vocab_size, low, 0.0, top, temperature, TILE, UNUSED)
-        kept = reached - _number(reached - wanted, equals, weight) * weight
-    if min_p > 0.0:
-        likely, _, _ = _from(row_logits, vocab_size, least, min_p.to(tl.float32), top, temperature, TILE, UNUSED)
-        kept = tl.minimum(kept, likely)
+    low, kept = _filter(row_logits, vocab_size, filters + 3 * slot, of_blocks, top, temperature, TILE, UNUSED)
     wanted = kept * (1.0 - uniform_of(tl.load(settings + 2 * slot), 2 * position + 1))
+    high = _key(top, UNUSED)
     low = _highest_with(row_logits, vocab_size, low, high, wanted, top, temperature, True, TILE, UNUSED)
     reached, equals, weight = _from(row_logits, vocab_size, low, 0.0, top, temperature, TILE, UNUSED)
     low = tl.where(equals > 0, low, high)
     nth = tl.maximum(equals - 1 - _number(reached - wanted, equals, weight).to(tl.int32), 0)
     tl.store(token_ids + row, _nth(row_logits, vocab_size, low, nth, TILE, UNUSED).to(tl.int64))
+
+
+@triton.jit
+def _filter(
+    logits, vocab_size, filters, of_blocks, top, temperature, TILE: tl.constexpr, UNUSED: tl.constexpr
+):  # fmt: skip
+    """A key that all tokens reach which a row's `filters` keep, and the mass of those, float64."""
+    top_k = tl.load(filters)
+    top_p, min_p = tl.load(filters + 1).to(tl.float64, bitcast=True), tl.load(filters + 2).to(tl.float64, bitcast=True)
+    high, least = _key(top, UNUSED), _key(tl.full([], float("-inf"), tl.float32), UNUSED)
+    if top_k > 0:
+        kth_block = _kth(of_blocks, top_k, least, high, UNUSED)
+        least = _highest_with(
+            logits, vocab_size, kth_block, high, top_k.to(tl.float64), top, temperature, False, TILE, UNUSED
+        )
+    kept, _, _ = _from(logits, vocab_size, least, 0.0, top, temperature, TILE, UNUSED)
+    # What lies below this weighs less than a thousandth of what top-p drops, or than any draw can tell from nothing.
+    share = tl.maximum(1.0 - top_p, 1e-9).to(tl.float32)
+    low = tl.maximum(least, _key(top - temperature * tl.log(1e3 * vocab_size / share), UNUSED))
+    if top_p < 1.0:
+        wanted = top_p * kept
+        low = _highest_with(logits, vocab_size, low, high, wanted, top, temperature, True, TILE, UNUSED)
+        reached, equals, weight = _from(logits, vocab_size, low, 0.0, top, temperature, TILE, UNUSED)
+        kept = reached - _number(reached - wanted, equals, weight) * weight
+    if min_p > 0.0:
+        likely, _, _ = _from(logits, vocab_size, least, min_p.to(tl.float32), top, temperature, TILE, UNUSED)
+        kept = tl.minimum(kept, likely)
+    return low, kept
 
 
 @triton.jit
