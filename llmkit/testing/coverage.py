@@ -7,7 +7,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class Coverage:
-    """Counts of one walk; sums of several. `num_refusals` are requests that could never run and were told so."""
+    """Counts of one walk; sums of several.
+
+    `num_refusals` are requests that could never run and were told so, `num_late` those that a scheduler refused because
+    of their deadline.
+    """
 
     num_walks: int = 0
     num_steps: int = 0
@@ -17,6 +21,7 @@ class Coverage:
     num_errors: int = 0
     num_refusals: int = 0
     num_cached_tokens: int = 0
+    num_late: int = 0
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.progress import StepOutput
+from llmkit.interfaces.scheduler import DenialReason
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.reference import continuation
 from llmkit.types import FinishReason, Request
@@ -28,7 +29,10 @@ class _Expected:
 
 @dataclass(slots=True)
 class Expectations:
-    """The book of all requests of a walk. `faults` is the executor's; with `may_reject` any request may be rejected."""
+    """The book of all requests of a walk. `faults` is the executor's; with `may_reject` any request may be rejected.
+
+    Without it a scheduler may only refuse, as `DenialReason.TOO_LATE`, who has a deadline and never ran.
+    """
 
     limits: EngineLimits
     faults: Mapping[str, int]
@@ -79,6 +83,10 @@ class Expectations:
             assert expected.is_aborted, f"{name} was aborted by nobody"
         elif reason is FinishReason.ERROR and error is not None and error.startswith("fault injected"):
             assert num_got == num_before_fault, f"{name} failed after {num_got} tokens, not {num_before_fault}"
+        elif reason is FinishReason.ERROR and error is not None and error.startswith(DenialReason.TOO_LATE.value):
+            assert request.deadline is not None, f"{name} has no deadline, but was refused: {error}"
+            assert not request.num_service_tokens, f"{name} was refused, but it had run: {error}"
+            self.coverage.num_late += 1
         elif reason is FinishReason.ERROR:
             assert self.may_reject, f"{name} was rejected, but fits: {error}"
         else:

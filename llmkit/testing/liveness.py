@@ -50,7 +50,7 @@ class Liveness:
 
         With steps in flight a victim's blocks come back later, so a step that has preempted may launch nothing.
         """
-        if candidates and not has_launched:
+        if candidates and not has_launched and any(view.status is not RequestStatus.FINISHED for view in candidates):
             has_preempted = self.depth and any(view.status is RequestStatus.PREEMPTED for view in candidates)
             assert has_preempted, f"nothing ran, but one of {candidates} could"
         self.num_steps += 1

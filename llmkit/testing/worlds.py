@@ -92,8 +92,9 @@ class Draws:
             random.choice((None, max_tokens)),
             random.choice(("", "", "", "a")),
         )
+        deadline = float(at + 5 + 11 * number % 60) if number % 3 == 1 and not self.is_crowded else None
         # Seeds repeat, so that whole conversations do.
-        return Request(request_id, prompt, params, float(at), priority, tenant, length_hint=hint, seed=number % 3)
+        return Request(request_id, prompt, params, float(at), priority, tenant, deadline, hint, seed=number % 3)
 
     def prompt(self, length: int) -> list[int]:
         """Tokens, at first mostly those of an earlier prompt."""

@@ -33,6 +33,7 @@ def test_every_combination_conforms(scheduler: type[Scheduler], cache: type[Cach
     coverage = check_scheduler(scheduler, options=options, caches=[cache], depths=[depth], seeds=range(30))
     assert coverage.num_walks == 30 and coverage.num_steps > 1000 and coverage.num_tokens > 700, coverage
     assert coverage.num_aborts > 15 and coverage.num_errors > 5, coverage
+    assert coverage.num_late > 5 if scheduler is Deadline else not coverage.num_late, coverage
     if scheduler is not Sequential and cache is PagedCache:
         assert coverage.num_preemptions > 20, coverage
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from llmkit import ContinuousBatching, DenialReason, RequestView, SchedulingStep
+from llmkit.testing import check_scheduler
 from llmkit_schedulers.deadline import Deadline
 from llmkit_schedulers.fair import Fair
 from llmkit_schedulers.prefix_aware import PrefixAware
@@ -85,3 +87,21 @@ def test_bugs_of_a_choice_are_found(name: str, make_stage: Any, monkeypatch: pyt
     plant(monkeypatch, bug)
     with pytest.raises((AssertionError, KeyError)):  # a KeyError where somebody never ends
         check(make_stage, **REST.get(check, {}))
+
+
+class Impatient(ContinuousBatching):
+    """Refuses whoever still waits after three steps, with or without a deadline."""
+
+    def admit(self, request: RequestView, step: SchedulingStep) -> bool:
+        if step.now > request.arrival_time + 3:
+            step.reject(request, DenialReason.TOO_LATE.value)
+            return False
+        return True
+
+
+def test_the_kit_lets_nobody_be_refused_who_ran_or_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match=r"has no deadline, but was refused|was refused, but it had run"):
+        check_scheduler(Impatient, seeds=range(20))
+    plant(monkeypatch, (Deadline.admit, "or request.status is not RequestStatus.WAITING", ""))
+    with pytest.raises(AssertionError, match="was refused, but it had run: it would end after its deadline"):
+        check_scheduler(Deadline, seeds=range(60))
