@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     llm = LLM(
         options.model,
         {"name": "continuous", **limits},
+        {"name": "paged", "prefix": False},  # every run has the same prompts
         attention=options.attention,
-        block_size=64,
         max_model_len=options.max_model_len,
     )
     loaded = time.perf_counter() - started
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [
         f"# {options.model}: random weights, bf16, greedy, EOS ignored",
         "",
-        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention}, blocks of 64, {limits},",
+        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
+        f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
         f"max_model_len {options.max_model_len}; median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
         "",
         "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread |",

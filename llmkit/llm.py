@@ -17,6 +17,7 @@ from llmkit.engine.progress import Progress
 from llmkit.engine.quiet import quiet_collector
 from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError
+from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.clock import Clock
 from llmkit.model.architecture import first_line
 from llmkit.model.loading import LoadedModel, load_model
@@ -110,7 +111,7 @@ class LLM:
     def _attention_name(self, name: str) -> str:
         if name != "auto":
             return name
-        requirements = requirements_of(self.model, self.settings.block_size)
+        requirements = requirements_of(self.model, self.settings.block_size or AttentionBackend.preferred_block_size)
         bid = self.plugin_manager.hook.llmkit_select_attention(requirements=requirements)
         if bid is None:
             raise ConfigError(f"attention=auto: no installed backend bids for {requirements.device}")

@@ -37,10 +37,10 @@ def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirement
 
 
 def build_backend(
-    name: str, backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int
+    name: str, backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int | None
 ) -> AttentionBackend:
     """Instantiate a backend, or ConfigError with every reason why it cannot serve this model."""
-    requirements = requirements_of(model, block_size)
+    requirements = requirements_of(model, block_size or backend.preferred_block_size)
     reasons = backend.check(requirements)
     if reasons:
         raise ConfigError(f"attention {name!r} cannot run model {model.name!r}: {'; '.join(reasons)}")
@@ -57,7 +57,7 @@ def build_engine(
     clock: Clock | None = None,
 ) -> Engine:
     """Size the cache, build network, sampler and executor, and connect them. `cache`: allocator class and settings."""
-    max_num_seqs, block_size = scheduler.settings.max_num_seqs, settings.block_size
+    max_num_seqs, block_size = scheduler.settings.max_num_seqs, backend.requirements.block_size
     reach = model.architecture.max_model_len
     if settings.max_model_len is not None:
         if settings.max_model_len > reach:

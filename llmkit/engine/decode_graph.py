@@ -111,11 +111,14 @@ class DecodeGraphs:
         return Decoded(captured.logits[:num_rows], captured.token_ids[:num_rows], captured.values[:num_rows])
 
     def capture(self) -> None:
-        """Capture every bucket now, the largest first, so that the smaller ones fit into its memory."""
+        """Capture the largest bucket, so that the others fit into its memory, and the smallest.
+
+        The rest follow when they are first needed.
+        """
         started = time.perf_counter()
-        for size in reversed(self._buckets):
+        for size in {self._buckets[-1]: None, self._buckets[0]: None}:
             self._captured[size] = self._capture(size)
-        log.info("captured %d decode graphs in %.1f s", len(self._buckets), time.perf_counter() - started)
+        log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 
     def is_supported(self) -> bool:
         """Whether the backend lets decode steps be captured."""

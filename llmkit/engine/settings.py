@@ -16,7 +16,9 @@ class EngineSettings(Settings):
         "auto", description="type of weights and KV cache; auto: bfloat16 where it is native, else float32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
-    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
+    block_size: int | None = Field(
+        None, ge=1, le=1024, description="tokens per KV block; null: what suits the attention backend"
+    )
     num_blocks: int | None = Field(None, ge=1, le=1 << 24, description="KV blocks; null: as many as memory allows")
     max_model_len: int | None = Field(None, ge=1, le=1 << 22, description="longest sequence; null: the model's own")
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of GPU memory llmkit may use")

@@ -79,6 +79,8 @@ class AttentionBackend(ABC):
     """Stores keys and values in blocks and attends over them."""
 
     Settings: ClassVar[type[AnySettings]] = AnySettings
+    preferred_block_size: ClassVar[int] = 16
+    """Tokens per KV block where the user asks for no number."""
 
     def __init__(
         self, settings: AnySettings, requirements: AttentionRequirements, dtype: torch.dtype, device: torch.device
@@ -106,9 +108,9 @@ class AttentionBackend(ABC):
         """Prepare a step: everything that all layers share."""
 
     def capturable(self, batch: AttentionBatch) -> bool:
-        """Whether the `forward`s of `batch` may be captured in a CUDA graph and replayed for other batches.
+        """Whether `plan` and the `forward`s of `batch` may be captured in a CUDA graph and replayed for other batches.
 
-        True promises: after `plan(batch)`, launches depend only on shapes, `max_query_len` and `max_seq_len`; what the
+        True promises: launches depend only on shapes, `max_query_len` and `max_seq_len`; what the
         tensors of `batch` hold is read on the device, and a replay after new contents were copied into the same tensors
         (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1.
         """

@@ -67,7 +67,7 @@ def test_overrides_and_presets(registry: Registry, workdir: Path) -> None:
     (job,) = jobs(registry, *argv)
     config = resolve(registry, job.raw)
     assert config.scheduler.settings.model_dump()["max_num_seqs"] == 7
-    assert (config.engine.dtype, config.engine.fused, config.engine.block_size) == ("float64", False, 16)
+    assert (config.engine.dtype, config.engine.fused, config.engine.block_size) == ("float64", False, None)
     assert config.sampling.temperature == 1.0
     assert job.overrides == argv
 

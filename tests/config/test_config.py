@@ -156,7 +156,7 @@ def test_defaults_of_every_component_validate(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("model", "option", "words"),
     [
-        (EngineSettings, "block_size", "integer, 1 to 1024"),
+        (EngineSettings, "block_size", "integer, 1 to 1024 or null"),
         (EngineSettings, "num_blocks", "integer, 1 to 16777216 or null"),
         (EngineSettings, "gpu_memory_utilization", "number, above 0.0, at most 1.0"),
         (EngineSettings, "device", "auto or cpu or cuda"),

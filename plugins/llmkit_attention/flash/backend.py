@@ -42,6 +42,8 @@ class FlashAttention(AttentionBackend):
     it gives is arbitrary.
     """
 
+    preferred_block_size = 64
+
     @classmethod
     def check(cls, requirements: AttentionRequirements) -> list[str]:
         return reasons_against(requirements)
