@@ -4,6 +4,7 @@
 #   make test     the whole default test suite
 #   make check    lint, format, types, import contracts, line caps
 #   make bench    pytest-benchmark suites, measured
+#   make nightly  random walks, state machines, fault cells, mutants and slow tests at length; writes docs/reliability.md
 #   make clean    remove .venv, caches and what runs have written
 #
 # Settings, as in `make test PYTHON=python3.12`:
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS)
 
-.PHONY: demo test check bench clean install
+.PHONY: demo test check bench nightly clean install
 
 demo: $(READY)
 	$(BIN)/python -m llmkit.run scheduler=continuous cache=paged $(ARGS)
@@ -41,6 +42,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
+
+nightly: $(READY)
+	$(BIN)/python -m tests.nightly.run $(ARGS)
 
 install: $(READY)
 

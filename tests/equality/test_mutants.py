@@ -62,6 +62,7 @@ def test_the_engine_itself_is_right(model: str) -> None:
     assert is_right(model)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(
     ("model", "change"),
     [
@@ -92,6 +93,7 @@ def logits_of_the_token_before(packed: PackedInputs) -> PackedInputs:
     return replace(packed, logit_tokens=np.maximum(packed.logit_tokens - 1, 0))
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("mistake", [slots_off_by_one, last_key_unseen, other_rows_blocks, logits_of_the_token_before])
 def test_wrong_inputs_are_noticed(
     mistake: Callable[[PackedInputs], PackedInputs], monkeypatch: pytest.MonkeyPatch
@@ -101,6 +103,7 @@ def test_wrong_inputs_are_noticed(
     assert not is_right("llama")
 
 
+@pytest.mark.mutant
 def test_a_stale_block_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     apply = InputBuilder.apply
 
@@ -111,6 +114,7 @@ def test_a_stale_block_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_right("llama")
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_positions_off_by_one_are_noticed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only behind the first token: rotary embeddings do not see a shift of everything."""
@@ -125,6 +129,7 @@ def test_positions_off_by_one_are_noticed(model: str, monkeypatch: pytest.Monkey
     assert not is_right(model)
 
 
+@pytest.mark.mutant
 def test_a_lost_key_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token of every step is not written to the cache of the last layer."""
     from llmkit_attention.sdpa import SdpaAttention

@@ -80,6 +80,7 @@ REST: dict[Check, dict[str, Any]] = {
 """Parameters that a test takes besides the stage."""
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("name", BUGS)
 def test_bugs_of_a_choice_are_found(name: str, make_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bug, check = BUGS[name]

@@ -169,6 +169,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> str:
     return owner
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("bug", CORE)
 def test_bugs_of_the_core_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, CORE[bug])
@@ -176,6 +177,7 @@ def test_bugs_of_the_core_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -
         check_cache(PagedCache, seeds=range(60))
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("bug", BATCHING)
 def test_bugs_of_a_scheduler_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, BATCHING[bug])
@@ -183,6 +185,7 @@ def test_bugs_of_a_scheduler_are_found(bug: str, monkeypatch: pytest.MonkeyPatch
         check_scheduler(ContinuousBatching, seeds=range(60))
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("bug", CACHES)
 def test_bugs_of_a_cache_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = plant(monkeypatch, CACHES[bug])

@@ -138,6 +138,7 @@ SLIPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slips_in_packing_are_found(
     slip: Callable[[PackedInputs], PackedInputs], monkeypatch: pytest.MonkeyPatch
@@ -148,6 +149,7 @@ def test_slips_in_packing_are_found(
         check_scheduler(ContinuousBatching, seeds=range(40))
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("lost", [lambda edit: edit.start > 0, lambda edit: edit.start == 0 and edit.slot == 0])
 def test_a_stale_block_table_is_found(lost: Callable[[BlockTableEdit], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is right, but the device does not hear of a table's growth, or of its replacement after a preemption."""

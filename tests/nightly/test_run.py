@@ -1,0 +1,74 @@
+"""The nightly tier in small: it counts what it did, names what failed, and its page says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkit import load_plugins
+from llmkit.engine.residency import Residency
+from tests.nightly import run, volume
+from tests.nightly.faults import HOOKS
+from tests.nightly.page import Circumstances, Suite, write_page
+from tests.nightly.volume import Budget, Pair, Tally, all_pairs, run_pair
+
+SMALL = Budget(steps=300, rules=240, cells=len(HOOKS), seed=50)
+WHERE = Circumstances("abc", "3.13", "make nightly", 120.0)
+
+
+def test_every_pair_there_is_is_gone_through() -> None:
+    registry, _ = load_plugins()
+    pairs = all_pairs()
+    assert len(pairs) == len(registry.names("scheduler")) * len(registry.names("cache")) > 5
+    assert Pair("continuous", "paged") in pairs
+
+
+def test_a_pair_gets_its_budget_and_the_page_counts_it() -> None:
+    tally = run_pair((Pair("priority", "paged"), SMALL))
+    assert tally.failures == [] and tally.coverage.num_steps >= 300 and tally.last_seed >= 50
+    assert tally.num_rules >= 240 and tally.num_cells == len(HOOKS) >= tally.num_cells_raised > 5
+    page = write_page([tally], SMALL, Suite(40, ()), None, WHERE)
+    count = tally.coverage
+    assert f"| priority | paged | {count.num_walks:,} | {count.num_steps:,} | {count.num_tokens:,} |" in page
+    assert f"{tally.num_rules:,} hypothesis rules" in page and "for commit abc on Python 3.13, in 2 minutes" in page
+    assert "40 seeded bugs" in page and "0 survived" in page and "**0 failures.**" in page
+    assert page.endswith("## Failures\n\nNone.\n") and "Not part of this run." in page
+
+
+def test_what_fails_is_named_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Residency.leave
+
+    def hasty(self: Residency, request: Any) -> int:
+        request.last_step_id = -1
+        return leave(self, request)
+
+    monkeypatch.setattr(Residency, "leave", hasty)
+    tally = Tally(Pair("continuous", "paged"))
+    volume.walk_pair(tally, *tally.pair.load(), Budget(10_000, 0, 0, 0))
+    assert len(tally.failures) >= volume.MOST_FAILURES and tally.coverage.num_steps < 10_000
+    page = write_page([tally], SMALL, Suite(3, ("a: b",)), Suite(9, ()), WHERE)
+    assert "\n- continuous on paged: Continuous on PagedCache, depth" in page and "seed " in page
+    assert "1 survived.\n- a: b" in page and "9 slow tests ran; 0 failed." in page
+
+
+def test_reports_of_pytest_are_counted(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    cases = '<testcase classname="t" name="one"/><testcase classname="t" name="two"><failure/></testcase>'
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    assert run.read_suite(report) == Suite(2, ("t: two",))
+
+
+@pytest.mark.parametrize("failures", [[], ["seed 3: wrong"]])
+def test_the_command_writes_the_page_whatever_it_found(
+    failures: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tally = Tally(Pair("continuous", "paged"), failures=failures)
+    monkeypatch.setattr(run, "run_pairs", lambda budget, workers: [tally])
+    page = tmp_path / "page.md"
+    options = ["--no-mutants", "--no-slow", "--steps", "480", "--page", str(page)]
+    assert run.main(options) == len(failures)
+    text = page.read_text()
+    assert "python -m tests.nightly.run --no-mutants --no-slow --steps 480" in text and str(tmp_path) not in text
+    assert f"**{len(failures)} failures.**" in text

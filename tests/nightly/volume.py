@@ -1,0 +1,142 @@
+"""What `make nightly` does with one pair of scheduler and cache: walks, hypothesis rules, fault cells."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from hypothesis import HealthCheck, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from llmkit import load_plugins
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.interfaces.scheduler import Scheduler
+from llmkit.testing.coverage import Coverage
+from llmkit.testing.machine import WalkMachine, walk_machine
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import Rule, draw_world
+from llmkit.types import Request
+from tests.nightly.faults import draw_cells, run_cell
+
+DEPTHS = (0, 1, 2)
+MOST_FAILURES = 3
+"""After so many a pair is not walked any further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Registered names of a scheduler and a cache."""
+
+    scheduler: str
+    cache: str
+
+    def __str__(self) -> str:
+        return f"{self.scheduler} on {self.cache}"
+
+    def load(self) -> tuple[type[Scheduler], type[CacheAllocator]]:
+        """Their classes."""
+        registry, _ = load_plugins()
+        return registry.get("scheduler", self.scheduler).load(), registry.get("cache", self.cache).load()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much one pair gets: checked steps, hypothesis rules, fault cells; and where seeds begin."""
+
+    steps: int
+    rules: int
+    cells: int
+    seed: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of one pair. `failures` are the first lines of the messages, each of which names its seed."""
+
+    pair: Pair
+    coverage: Coverage = field(default_factory=Coverage)
+    last_seed: int = 0
+    step_seconds: float = 0.0
+    num_rules: int = 0
+    num_cells: int = 0
+    num_cells_raised: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def all_pairs() -> list[Pair]:
+    """Every registered scheduler with every registered cache."""
+    registry, _ = load_plugins()
+    return [Pair(one, other) for one in registry.names("scheduler") for other in registry.names("cache")]
+
+
+def run_pair(job: tuple[Pair, Budget]) -> Tally:
+    """All that a pair gets."""
+    pair, budget = job
+    logging.disable(logging.CRITICAL)  # what is contained is logged with its traceback
+    tally = Tally(pair)
+    for part in (walk_pair, rule_pair, fault_pair):
+        part(tally, *pair.load(), budget)
+    logging.disable(logging.NOTSET)
+    return tally
+
+
+def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
+    """Walks from seed to seed, depths in turn, until the steps are spent."""
+    started, tally.last_seed = time.process_time(), budget.seed - 1
+    while tally.coverage.num_steps < budget.steps and len(tally.failures) < MOST_FAILURES:
+        tally.last_seed += 1
+        world = draw_world(tally.last_seed)
+        for depth in DEPTHS:
+            built, allocator = (
+                build_scheduler(scheduler, world.scheduler_options, {}),
+                build_cache(cache, world.spec, {}),
+            )
+            walk = Walk(world, built, allocator, depth)
+            _note(tally, walk.run)
+            tally.coverage += walk.coverage
+    tally.step_seconds = time.process_time() - started
+
+
+def rule_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
+    """The state machine at every depth, for about so many rules."""
+
+    class Counting(WalkMachine):
+        def apply(self, rule: Rule, request_id: str = "", request: Request | None = None, number: int = 0) -> None:
+            tally.num_rules += 1
+            super().apply(rule, request_id, request, number)
+
+    number, examples = 0, max(1, budget.rules // len(DEPTHS) // 80)
+    quiet = settings(
+        max_examples=examples, stateful_step_count=50, deadline=None, database=None, print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    while tally.num_rules < budget.rules and len(tally.failures) < MOST_FAILURES:
+        parts = vars_of(walk_machine(scheduler, cache, DEPTHS[number % len(DEPTHS)]))
+        machine = seed(budget.seed + number)(type("Machine", (Counting,), parts))
+        _note(tally, partial(run_state_machine_as_test, machine, settings=quiet))
+        number += 1
+
+
+def vars_of(machine: type[WalkMachine]) -> dict[str, Any]:
+    """The parts a machine is made of."""
+    return {name: getattr(machine, name) for name in ("scheduler", "cache", "depth", "options")}
+
+
+def fault_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
+    """Cells of hook, call and exception."""
+    for cell in draw_cells(budget.seed, budget.cells):
+        tally.num_cells += 1
+        tally.num_cells_raised += bool(_note(tally, partial(run_cell, cell, scheduler, cache)))
+
+
+def _note(tally: Tally, run: Callable[[], Any]) -> Any:
+    """Run, or keep the first line of what is wrong."""
+    try:
+        return run()
+    except Exception as error:
+        tally.failures.append(f"{tally.pair}: {str(error).partition(chr(10))[0] or type(error).__name__}")
