@@ -83,9 +83,10 @@ def test_chooses_what_the_cpu_chooses(vocab_size: int, dtype: torch.dtype) -> No
 def test_filters_keep_what_they_keep_on_the_cpu(vocab_size: int, dtype: torch.dtype) -> None:
     """In bfloat16 most logits have equals, which all filters may cut through."""
     generator = torch.Generator().manual_seed(vocab_size)
+    combinations = itertools.product((0, 1, 40), (1.0, 0.9, 0.3), (0.0, 0.2))
     params = [
-        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        for temperature, top_k, top_p, min_p in itertools.product((0.6, 1.5), (0, 1, 40), (1.0, 0.9, 0.3), (0.0, 0.2))
+        SamplingParams(temperature=(0.6, 1.5, 1.0, 0.8)[index % 4], top_k=top_k, top_p=top_p, min_p=min_p)
+        for index, (top_k, top_p, min_p) in enumerate(combinations)
     ]
     logits = (torch.randn(len(params), vocab_size, generator=generator) * 3).to(dtype)
     logits[:, ::5] = -torch.inf
