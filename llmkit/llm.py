@@ -209,7 +209,7 @@ class LLM:
                 self.engine.step()
 
     def _add(self, collector: Collector, prompt: Any, params: SamplingParams, encode: Encode) -> None:
-        """Queue the `n` samples of one prompt, all or none."""
+        """Queue the `n` samples of one prompt, all or none; the first computes it and the others reuse it."""
         now = self.engine.clock.now()
         text, token_ids = prompt if isinstance(prompt, str) else None, []
         number = self._num_requests
@@ -223,7 +223,7 @@ class LLM:
                 check_request(request, self.engine.limits)  # a tokenizer does not survive ids out of its range
                 detokenizer = self._detokenizer(token_ids, params)
                 progress = Progress(request, self.engine.limits.eos_token_ids, detokenizer, index, collector.streams)
-                self.engine.add(request, progress)
+                self.engine.add(request, progress, after=f"{number}-0" if index else None)
                 progresses.append(progress)
         except (RequestError, ModelError) as error:
             collector.reject(text, tuple(token_ids), params.n, str(error), now)

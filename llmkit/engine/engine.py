@@ -75,11 +75,14 @@ class Engine:
         """Whether `step` still has something to do."""
         return bool(self._progress or self._in_flight or self._outputs)
 
-    def add(self, request: Request, progress: Progress | None = None) -> None:
-        """Queue a request. Raises RequestError if it could never run; others are not affected."""
+    def add(self, request: Request, progress: Progress | None = None, after: str | None = None) -> None:
+        """Queue a request. Raises RequestError if it could never run; others are not affected.
+
+        `after` is the id of a request with the same prompt and tenant: see `Planner.add`.
+        """
         check_request(request, self.limits)
         request.max_num_tokens = min(request.max_num_tokens, self.limits.max_model_len)
-        self.planner.add(request)
+        self.planner.add(request, after)
         progress = progress or Progress(request, self.limits.eos_token_ids)
         self._progress[request.request_id] = progress
         self._stop_ids |= progress.stop_ids

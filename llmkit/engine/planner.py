@@ -35,6 +35,7 @@ class Planner:
         self._views: dict[str, RequestView] = {}
         self._waiting: list[RequestView] = []
         self._running: list[RequestView] = []
+        self._held: dict[str, list[RequestView]] = {}
         self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
         self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
         self.containment = self._residency.containment
@@ -44,7 +45,7 @@ class Planner:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._held.values()))
 
     @property
     def num_running(self) -> int:
@@ -56,14 +57,39 @@ class Planner:
         residency = self._residency
         return residency.num_held_blocks * residency.block_size - residency.num_scheduled_tokens
 
-    def add(self, request: Request) -> None:
-        """Queue `request` behind the others."""
+    def add(self, request: Request, after: str | None = None) -> None:
+        """Queue `request` behind the others.
+
+        `after` names a request with the same prompt and tenant. Where the cache reuses prefixes, this one is held back
+        until the other has computed the prompt or has ended.
+        """
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use")
         view = RequestView(request, self.allocator.match)
         self.requests[request.request_id] = request
         self._views[request.request_id] = view
-        self._waiting.append(view)
+        leader = self.requests.get(after) if after is not None else None
+        if leader is not None and self._can_reuse(request, leader):
+            self._held.setdefault(leader.request_id, []).append(view)
+        else:
+            self._waiting.append(view)
+
+    def _can_reuse(self, request: Request, leader: Request) -> bool:
+        """Whether there is a block that `leader` has yet to compute and `request` could take from it."""
+        has_block = request.num_prompt_tokens > self.allocator.spec.block_size
+        is_early = leader.num_computed_tokens < leader.num_prompt_tokens
+        runs_whole = request.sampling_params.prompt_logprobs is not None
+        return self.allocator.reuses_prefixes and has_block and is_early and not runs_whole
+
+    def _let_go(self, request_id: str) -> None:
+        """Queue those that were held back for a request, where their arrival puts them."""
+        for view in self._held.pop(request_id, ()):
+            later = (
+                at
+                for at, other in enumerate(self._waiting)
+                if other.status is RequestStatus.WAITING and other.arrival_time > view.arrival_time
+            )
+            self._waiting.insert(next(later, len(self._waiting)), view)
 
     def plan(self, now: float) -> tuple[StepPlan | None, dict[Request, str]]:
         """Let the scheduler choose. Returns the plan, None when nothing runs, and rejected requests with reasons."""
@@ -173,6 +199,8 @@ class Planner:
             request.num_computed_tokens = start + num_tokens
             if row not in failed_rows:
                 publish(request, start + num_tokens)
+            if self._held and request.num_computed_tokens >= request.num_prompt_tokens:
+                self._let_go(request_id)
             landed.append(request)
         self._residency.land(plan.step_id)
         return landed
@@ -187,7 +215,8 @@ class Planner:
             self._running.remove(view)
             self._residency.leave(request)
         else:
-            self._waiting.remove(view)
+            next(queue for queue in (self._waiting, *self._held.values()) if view in queue).remove(view)
+        self._let_go(request.request_id)
         request.status, request.finish_reason, request.error = RequestStatus.FINISHED, reason, error
 
 

@@ -52,6 +52,11 @@ class CacheAllocator(ABC):
         self.settings = settings
         self.spec = spec
 
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether `match` may answer with more than 0. Requests with one prompt are then run one before the others."""
+        return False
+
     def match(self, request: Request) -> int:
         """Leading tokens of `request` whose KV is already in the cache. Pure; the default knows no reuse.
 

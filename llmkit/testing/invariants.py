@@ -17,7 +17,9 @@ def check_planner(planner: Planner, in_flight: Sequence[StepPlan], settles: bool
     Token counts lag behind while steps repeat; without `settles` they are left so and not looked at, nor are the
     allocator's own books: its tables and its census are.
     """
-    waiting = [view._request for view in planner._waiting]
+    held = [view for views in planner._held.values() for view in views]
+    assert planner._held.keys() <= planner.requests.keys(), "requests are held back for one that has ended"
+    waiting = [view._request for view in (*planner._waiting, *held)]
     running = [view._request for view in planner._running]
     ids = [request.request_id for request in waiting + running]
     assert len(ids) == len(set(ids)), f"a request stands in the queues twice: {ids}"

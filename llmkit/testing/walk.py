@@ -108,6 +108,9 @@ class Walk:
         if rule is Rule.ADD:
             assert event.request is not None
             self._add(event.request)
+            for number in range(event.number):
+                name, seed = f"{event.request_id}+{number}", event.request.seed + number + 1
+                self._add(replace(event.request, request_id=name, seed=seed), after=event.request_id)
         elif rule is Rule.ABORT:
             self._abort([event.request_id])
         elif rule is Rule.RESET:
@@ -130,13 +133,13 @@ class Walk:
         self.cache.free(whole)
         self.cache.check()
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, after: str | None = None) -> None:
         request = replace(request, token_ids=list(request.token_ids))
         name, limits = request.request_id, self.world.limits
         is_wrong = not 0 < request.num_prompt_tokens < limits.max_model_len or name in self.engine.planner.requests
         streams = bool(request.num_prompt_tokens % 2)  # some report every token, some only at their end
         try:
-            self.engine.add(request, Progress(request, limits.eos_token_ids, streams=streams))
+            self.engine.add(request, Progress(request, limits.eos_token_ids, streams=streams), after)
         except RequestError as error:
             assert is_wrong, f"{name} was refused: {error}"
             self.coverage.num_refusals += 1

@@ -31,7 +31,10 @@ class Rule(Enum):
 
 
 class Event(NamedTuple):
-    """`rule` is applied at step `at`: to `request`, to `request_id`, or to the running request that `number` picks."""
+    """`rule` is applied at step `at`: to `request`, to `request_id`, or to the running request that `number` picks.
+
+    With `ADD`, `number` more samples of the same prompt come behind the first.
+    """
 
     at: int
     rule: Rule
@@ -111,7 +114,8 @@ class Draws:
         for number in range(random.randint(2 if self.is_crowded else 1, 12)):
             name = str(number)
             at = 0 if self.is_crowded else random.choice((0, random.randint(0, 40), random.randint(0, 90)))
-            events.append(Event(at, Rule.ADD, name, self.request(name, number, at)))
+            num_more = 2 if number % 4 == 3 else 0
+            events.append(Event(at, Rule.ADD, name, self.request(name, number, at), num_more))
             if not self.is_crowded and random.random() < 0.25:
                 at += random.choice((0, 1, random.randint(0, 25)))
                 events.append(Event(at, Rule.ABORT, name))

@@ -34,6 +34,7 @@ class CachedBlock:
 
 
 C = TypeVar("C", bound=CachedBlock)
+MAX_REMEMBERED = 256
 
 
 class PrefixIndex(ABC, Generic[C]):
@@ -46,7 +47,7 @@ class PrefixIndex(ABC, Generic[C]):
         self._of_block: dict[int, C] = {}
         self._queue: list[tuple[tuple[int, ...], int, C]] = []
         self._time = 0
-        self._last: tuple[Request | None, list[C]] = None, []
+        self._found: dict[Request, list[C]] = {}
 
     # How blocks hang together ------------------------------------------------------------------------------------
 
@@ -80,20 +81,23 @@ class PrefixIndex(ABC, Generic[C]):
         """The first cached blocks of `request`, in order, that leave its last token to be computed.
 
         None of a request that wants log-probabilities of its prompt, because all of that must run. Asking again for
-        the same request costs only what has changed since.
+        one of the last `MAX_REMEMBERED` requests costs only what has changed since.
         """
         if request.sampling_params.prompt_logprobs is not None:
             return ()
-        found = self._last[1] if self._last[0] is request else []
+        found = self._found.get(request)
+        if found is None:
+            if len(self._found) >= MAX_REMEMBERED:
+                del self._found[next(iter(self._found))]
+            found = self._found[request] = []
         while found and not found[-1].blocks:
             found.pop()
         self._extend(request, found, (request.num_tokens - 1) // self._block_size)
-        self._last = request, found
         return found
 
-    def forget(self) -> None:
-        """Drop what `find` remembers of the last request: its answer has been used."""
-        self._last = None, []
+    def forget(self, request: Request) -> None:
+        """Drop what `find` remembers of a request: its answer has been used."""
+        self._found.pop(request, None)
 
     def publish(self, request: Request, table: Sequence[int], first: int, end: int) -> list[int]:
         """Make blocks `first` to `end` of a request findable, whose KV is valid. Returns blocks this made redundant."""

@@ -24,6 +24,10 @@ class SharingCache(CacheAllocator):
         self._index = index
         self._num_published: dict[str, int] = {}
 
+    @property
+    def reuses_prefixes(self) -> bool:
+        return self._is_on
+
     def match(self, request: Request) -> int:
         return len(self._index.find(request)) * self.spec.block_size if self._is_on else 0
 
@@ -54,7 +58,7 @@ class SharingCache(CacheAllocator):
         if num_blocks:
             self._tables[request.request_id] = table
             self._num_published[request.request_id] = len(table)
-            self._index.forget()
+            self._index.forget(request)
         return table
 
     def _grow(self, table: list[int], num_blocks: int) -> bool:

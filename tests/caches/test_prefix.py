@@ -213,6 +213,18 @@ def test_a_commit_costs_the_new_blocks_and_asking_again_costs_nothing() -> None:
     assert cache.allocate(waiting, 190) and Counting.num_hashed == before, "allocating looks nothing up again"
 
 
+def test_many_requests_can_be_looked_up_in_turn(kind: type[SharingCache]) -> None:
+    """Each as if it were alone; of those that never start only the latest are remembered."""
+    cache = build(kind)
+    leave(cache, compute(cache, request("a", TWENTY)))
+    requests = [request(str(n), [*TWENTY[:n], 99]) for n in range(21)] * 20
+    for _ in range(2):
+        assert [cache.match(one) for one in requests] == [n // 4 * 4 for n in range(21)] * 20
+    for _ in range(500):
+        cache.match(request("new", TWENTY))
+    assert len(cache._index._found) <= 256
+
+
 def test_reuse_without_eviction_does_not_pile_up_anything(kind: type[SharingCache]) -> None:
     cache = build(kind)
     for number in range(300):

@@ -58,6 +58,10 @@ CORE: dict[str, Bug] = {
     "stop tokens end a request before min_tokens": (
         Progress.heed, "in self.stop_ids and is_free_to_stop", "in self.stop_ids"),
     "KV of a failed row is published": (Planner.land, "if row not in failed_rows:", "if True:"),
+    "those held back for a request stay when it has ended": (
+        Planner.finish, "self._let_go(request.request_id)", "pass"),
+    "those held back for a request stay when its prompt is computed": (
+        Planner.land, "self._let_go(request_id)", "self._held.pop(request_id, None)"),
     "preempted requests lose their place for good": (
         Planner._update_queues, "self._waiting.insert(0, view)", "pass"),
     "repeated steps are forgotten when the scheduler is asked": (
@@ -123,7 +127,8 @@ CACHES: dict[str, Bug] = {
         PrefixIndex.find, "(request.num_tokens - 1) // self._block_size",
         "-(-(request.num_tokens - 1) // self._block_size)"),
     "evicted prefixes are remembered": (PrefixIndex.find, "not found[-1].blocks", "False"),
-    "another request's prefixes are remembered": (PrefixIndex.find, "self._last[0] is request", "True"),
+    "another request's prefixes are remembered": (
+        PrefixIndex.find, "self._found.get(request)", "self._found.get(next(iter(self._found), request))"),
     "tenants share": (HashIndex._root, "salt = _salt(request)", "salt = ()"),
     "equal hashes count as equal tokens": (HashIndex._child, "and cached.token_ids == token_ids", ""),
     "equal hashes count as equal beginnings": (HashIndex._child, "cached.parent is parent and", ""),

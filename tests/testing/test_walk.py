@@ -114,7 +114,7 @@ class Promising(ReferenceCache):
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (Hoarding, "owns blocks|the census counts"),
+        (Hoarding, "owns blocks|owned blocks|the census counts"),
         (Forgetful, "the census counts .*, what runs or is awaited names"),
         (Promising, "hold something else|reads a wrong KV entry|the tags at"),
     ],
