@@ -12,7 +12,7 @@ import llmkit
 from llmkit import hookspecs
 
 ROOT = Path(llmkit.__file__).parents[1]
-PUBLIC = ("llmkit.interfaces", "llmkit.testing")
+PUBLIC = ("llmkit.cuda", "llmkit.interfaces", "llmkit.testing")
 
 
 def test_all_is_sorted_and_complete() -> None:
