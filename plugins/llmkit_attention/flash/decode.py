@@ -75,24 +75,23 @@ def attend_one(
     begin = share * size
     end = tl.minimum(begin + size, total)
     member, dim, offset = tl.arange(0, ROWS_PAD), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
-    members, inside = member < GROUP, (dim < DIM)[None, :]
-    real = members[:, None] & inside
+    inside = (dim < DIM)[None, :]
+    real = (member < GROUP)[:, None] & inside
     heads = head * GROUP + member
     place = heads[:, None] * query_h + dim[None, :] * query_d
     if begin < end:
         code = tl.load(codes + begin)
         page = _pages(pages, begin, PAGE, TILE)
         opening, closing = tl.load(owners + begin), tl.load(owners + end - 1)
-        opening_first, opening_last = _tiles_of(ends, opening)
-        closing_first, closing_last = _tiles_of(ends, closing)
+        first, last = _tiles_of(ends, opening)
+        other_first, other_last = _tiles_of(ends, closing)
         if PDL:
             tl.extra.cuda.gdc_wait()
         top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS_PAD], tl.float32)
         context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
         coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
-        slot = 0
-        whole = (code & 2) != 0
+        slot, begins = 0, (code & 2) != 0
         for tile in range(begin, end):
             now, token = code, (code >> 14).to(tl.int64)
             at = _keys(page, head, offset, HEADS, PAGE, TILE)[:, None] * DIM + dim[None, :]
@@ -104,44 +103,65 @@ def attend_one(
             coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
             stored = tl.load(key_pool + at, mask=seen[:, None] & inside, other=0.0)
             visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen
-            logits = tl.where(
-                visible[None, :], scores(packed, tl.trans(stored), scale, softcap, SOFTCAP), float("-inf")
-            )
+            logits = scores(packed, tl.trans(stored), scale, softcap, SOFTCAP)
+            logits = tl.where(visible[None, :], logits, float("-inf"))
             values = tl.load(value_pool + at, mask=seen[:, None] & inside, other=0.0)
             top, weight, context = accumulate(logits, values, top, weight, context)
             is_last = (now & 1) != 0
             if is_last | (tile == end - 1):
-                result = context / weight[:, None]
-                done = whole & is_last
-                target = (token * (HEADS * GROUP) + heads[:, None]) * DIM + dim[None, :]
-                tl.store(out + target, result.to(out.dtype.element_ty), mask=real & done)
                 part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD + member
-                tl.store(partial + part[:, None] * DIM + dim[None, :], result, mask=real & (not done))
-                tl.store(lse + part, top + tl.log2(weight), mask=members & (not done))
+                log = top + tl.log2(weight)
+                is_whole = begins & is_last
+                result = context / weight[:, None]
+                _put(out, partial, lse, token, heads, part, dim, result, log, is_whole, real, HEADS * GROUP, DIM)
                 top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
                 weight = tl.zeros([ROWS_PAD], tl.float32)
                 context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
-                slot = 1
-                whole = True
+                slot, begins = 1, True
         if PDL:  # not sooner: programs of the next kernel that wait here would crowd out some of this one's
             tl.extra.cuda.gdc_launch_dependents()
         tl.debug_barrier()
         for item in range(tl.where(closing == opening, 1, 2)):
-            row = tl.where(item == 0, opening, closing)
-            first = tl.where(item == 0, opening_first, closing_first)
-            last = tl.where(item == 0, opening_last, closing_last)
             if (first < begin) | (last >= end):
-                first_share, last_share = first // size, last // size
-                before = tl.atomic_add(arrivals + row * HEADS + head, 1, sem="acq_rel")
-                if before == last_share - first_share:
-                    tl.debug_barrier()
-                    tl.store(arrivals + row * HEADS + head, 0)
-                    begins_inside = (first > first_share * size).to(tl.int32)
-                    token = tl.load(starts + row).to(tl.int64)
-                    _combine(
-                        out, partial, lse, token, first_share, last_share, begins_inside, head,
-                        HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
-                    )  # fmt: skip
+                row = tl.where(item == 0, opening, closing)
+                _hand_over(
+                    out, partial, lse, starts, arrivals, row, first, last, size, head,
+                    HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
+                )  # fmt: skip
+            first, last = other_first, other_last
+    elif PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _put(
+    out, partial, lse, token, heads, part, dim, context, log, is_whole, real,
+    QUERY_HEADS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Write a whole row's result to `out`, or a part of one."""
+    target = (token * QUERY_HEADS + heads[:, None]) * DIM + dim[None, :]
+    tl.store(out + target, context.to(out.dtype.element_ty), mask=real & is_whole)
+    tl.store(partial + part[:, None] * DIM + dim[None, :], context, mask=real & (not is_whole))
+    tl.store(lse + part, log, mask=not is_whole)
+
+
+@triton.jit
+def _hand_over(
+    out, partial, lse, starts, arrivals, row, first, last, size, head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """A share has written its part of a row that goes from tile `first` to `last`; if it was the last, combine all."""
+    first_share, last_share = first // size, last // size
+    before = tl.atomic_add(arrivals + row * HEADS + head, 1, sem="acq_rel")
+    if before == last_share - first_share:
+        tl.debug_barrier()
+        tl.store(arrivals + row * HEADS + head, 0)
+        begins_inside = (first > first_share * size).to(tl.int32)
+        token = tl.load(starts + row).to(tl.int64)
+        _combine(
+            out, partial, lse, token, first_share, last_share, begins_inside, head,
+            HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
+        )  # fmt: skip
 
 
 @triton.jit

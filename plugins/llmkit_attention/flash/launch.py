@@ -22,6 +22,8 @@ STAGES = 4
 LEAST_TILES = 2
 """A share is not smaller: parts of a row must be combined again."""
 QUERY_WARPS, QUERY_STAGES = 4, 3
+MAX_TOKENS = 1 << 17
+"""A tile's code has so many places for tokens."""
 CHUNK = 128
 """Tiles that a program lists at a time."""
 
@@ -89,6 +91,7 @@ class Launch:
 
     def list_tiles(self, batch: AttentionBatch) -> TileList:
         """The tiles of the batch's single-token rows, listed on the device; the same for layers of one window."""
+        assert len(batch.positions) < MAX_TOKENS, f"{len(batch.positions)} tokens in a step, at most {MAX_TOKENS - 1}"
         rows, device = len(batch.seq_lens), batch.seq_lens.device
         most = rows * -(-batch.max_seq_len // self.tile)
         pages = max(1, self.tile // self.block_size)
