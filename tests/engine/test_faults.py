@@ -12,11 +12,24 @@ import pytest
 from llmkit.engine.engine import Engine
 from llmkit.engine.residency import Residency
 from llmkit.errors import PluginError
+from llmkit.types import Request, SamplingParams
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
 from llmkit_schedulers.priority import Priority
-from tests.nightly.faults import EXCEPTIONS, HOOKS, NUM_WITNESSES, Cell, draw_cells, draw_requests, run_cell
+from tests.nightly.faults import (
+    EXCEPTIONS,
+    FAULTY,
+    HOOKS,
+    NUM_WITNESSES,
+    Cell,
+    Trap,
+    build_engine,
+    draw_cells,
+    draw_requests,
+    run_cell,
+    set_trap,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +59,22 @@ def test_the_first_call_of_every_hook_may_raise(hook: str, depth: int, exception
 def test_blocks_reserved_for_a_step_that_fails_reach_the_device_with_the_next() -> None:
     """Steps repeat: one row has got its next block when the row behind it fails to get one."""
     assert run_cell(Cell("allocate", 2, StopIteration, 2, 637), Continuous, PagedCache)
+
+
+@pytest.mark.parametrize("retries", [True, False])
+def test_blocks_that_an_allocator_failed_to_free_serve_the_next_request(
+    retries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is in flight any more that could land and free them then."""
+    engine = build_engine(Continuous, PagedCache, depth=0)
+    num_slots = engine.planner.allocator.spec.num_slots
+    if not retries:
+        monkeypatch.setattr(Residency, "retry", lambda self: None)
+    for name in (FAULTY, "next"):
+        engine.add(Request(name, [1] * (num_slots - 2), SamplingParams(max_tokens=2, ignore_eos=True)))
+    set_trap(engine, Trap(Cell("free", 1, ValueError, 0, 0)))
+    ended = [output.request_id for _ in range(60) for output in engine.step() if output.completion]
+    assert ended == ([FAULTY, "next"] if retries else [FAULTY])
 
 
 def test_cells_go_through_all_hooks_and_exceptions() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from llmkit import LayerSpec, StepPlan
+from llmkit.engine.executor import TorchExecutor, _Launched
 from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.llm import LLM
 from tests.equality.exact import ReallyFloat64
 from tests.equality.runs import BLOCK_SIZE, GREEDY, ROOMY, Tap, error_of, prompts, references
 from tests.equality.zoo import tiny_model
+from tests.testing.test_mutants import Bug, plant
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 
@@ -127,6 +129,37 @@ def test_positions_off_by_one_are_noticed(model: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(GeneralNetwork, "__call__", shifted)
     assert not is_right(model)
+
+
+RUNNER: dict[str, Bug] = {
+    "prompts stand one place late": (
+        TorchExecutor._admit, "slot, : len(token_ids)]", "slot, 1 : 1 + len(token_ids)]"),
+    "a prompt is written one token short": (
+        TorchExecutor._admit, "slot, : len(token_ids)] = to_device(token_ids,",
+        "slot, : len(token_ids) - 1] = to_device(token_ids[:-1],"),
+    "sampled tokens overwrite the ones before": (
+        TorchExecutor._choose, "to_device(ends, device)]", "to_device([end - 1 for end in ends], device)]"),
+    "sampled tokens go to other slots": (
+        TorchExecutor._choose, "to_device(slots, device)", "to_device(slots[::-1], device)"),
+    "input ids are of the positions before": (
+        TorchExecutor._enqueue, "self.tokens[token_slots, positions]",
+        "self.tokens[token_slots, (positions - 1).clamp(min=0)]"),
+    "edits come a step late": (
+        TorchExecutor._enqueue, "self.inputs.apply(plan)",
+        "vars(self).pop('late', lambda: None)(); self.late = lambda: self.inputs.apply(plan)"),
+    "logits are of other rows": (
+        TorchExecutor._enqueue, "self._sample(logits[:num_sampling]", "self._sample(logits[:num_sampling].flip(0)"),
+    "results go to other rows": (
+        _Launched.wait, "token_ids = self.sampled.tolist()", "token_ids = self.sampled.tolist()[::-1]"),
+    "results of rows that sample beside others are lost": (_Launched.wait, "token_ids[row] = token_id", "pass"),
+}  # fmt: skip
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("bug", RUNNER)
+def test_bugs_of_the_runner_are_noticed(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, RUNNER[bug])
+    assert not is_right("llama")
 
 
 @pytest.mark.mutant

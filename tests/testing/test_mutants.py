@@ -163,14 +163,16 @@ class Colliding(PagedCache):
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> str:
-    """Replace text in the source of one method, where it must occur exactly once; the name of its class."""
+    """Replace text in the source of one method or function, where it must occur exactly once; the name of its class."""
     method, old, new = bug
     source = textwrap.dedent(inspect.getsource(method))
     assert source.count(old) == 1, f"{method.__qualname__} has {source.count(old)} times {old!r}"
     module, namespace = sys.modules[method.__module__], dict[str, Any]()
     exec("from __future__ import annotations\n" + source.replace(old, new), vars(module), namespace)
-    owner = method.__qualname__.partition(".")[0]
-    monkeypatch.setattr(vars(module)[owner], method.__name__, namespace[method.__name__])
+    owner, name = method.__qualname__.rpartition(".")[0], method.__name__
+    holders = [vars(module)[owner]] if owner else [m for m in sys.modules.values() if vars(m).get(name) is method]
+    for holder in holders:
+        monkeypatch.setattr(holder, name, namespace[name])
     return owner
 
 
