@@ -44,34 +44,36 @@ class HashIndex(PrefixIndex[HashedBlock]):
 
     def _extend(self, request: Request, found: list[HashedBlock], limit: int) -> None:
         size = self._block_size
-        parent = found[-1] if found else None
-        while len(found) < limit:
-            start = len(found) * size
-            parent = self._child(request, parent, tuple(request.token_ids[start : start + size]))
-            if parent is None:
-                return
-            found.append(parent)
+        parent = found[-1] if found else self._roots.get(_salt(request))
+        while parent is not None and len(found) < limit:
+            token_ids = tuple(request.token_ids[len(found) * size : (len(found) + 1) * size])
+            parent = self._behind(parent, self._hash(parent.key, token_ids), token_ids)
+            if parent is not None:
+                found.append(parent)
 
-    def _child(self, request: Request, parent: HashedBlock | None, token_ids: tuple[int, ...]) -> HashedBlock | None:
-        parent = parent or self._roots.get(_salt(request))
-        if parent is None:
-            return None
-        for cached in self._by_key.get(self._hash(parent.key, token_ids), ()):
+    def _get_or_add(self, request: Request, parent: HashedBlock | None, token_ids: tuple[int, ...]) -> HashedBlock:
+        parent = parent or self._root(request)
+        key = self._hash(parent.key, token_ids)
+        cached = self._behind(parent, key, token_ids)
+        if cached is None:
+            cached = HashedBlock(parent, key, token_ids, published_at=self._tick())
+            self._by_key.setdefault(key, []).append(cached)
+            parent.num_children += 1
+        return cached
+
+    def _behind(self, parent: HashedBlock, key: int, token_ids: tuple[int, ...]) -> HashedBlock | None:
+        for cached in self._by_key.get(key, ()):
             if cached.parent is parent and cached.token_ids == token_ids:
                 return cached
         return None
 
-    def _add(self, request: Request, parent: HashedBlock | None, token_ids: tuple[int, ...]) -> HashedBlock:
-        parent = parent or self._root(request)
-        cached = HashedBlock(parent, self._hash(parent.key, token_ids), token_ids, published_at=self._tick())
-        self._by_key.setdefault(cached.key, []).append(cached)
-        parent.num_children += 1
-        return cached
-
     def _root(self, request: Request) -> HashedBlock:
         """The empty prefix of the request's tenant: whoever has another one shares nothing."""
         salt = _salt(request)
-        return self._roots.setdefault(salt, HashedBlock(None, self._hash(0, salt), salt))
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = HashedBlock(None, self._hash(0, salt), salt)
+        return root
 
     def _remove(self, cached: HashedBlock) -> HashedBlock | None:
         parent, bucket = cached.parent, self._by_key[cached.key]

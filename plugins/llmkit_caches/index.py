@@ -56,12 +56,11 @@ class PrefixIndex(ABC, Generic[C]):
         """Append what is cached of `request` behind `found`, up to `limit` blocks in all."""
 
     @abstractmethod
-    def _child(self, request: Request, parent: C | None, token_ids: tuple[int, ...]) -> C | None:
-        """The cached block of these tokens behind `parent`; behind nothing, it is one of the request's tenant."""
+    def _get_or_add(self, request: Request, parent: C | None, token_ids: tuple[int, ...]) -> C:
+        """The cached block of these tokens behind `parent`, a new one if there is none.
 
-    @abstractmethod
-    def _add(self, request: Request, parent: C | None, token_ids: tuple[int, ...]) -> C:
-        """A new one, where `_child` found none."""
+        Behind nothing, it is one of the request's tenant.
+        """
 
     @abstractmethod
     def _remove(self, cached: C) -> C | None:
@@ -106,7 +105,7 @@ class PrefixIndex(ABC, Generic[C]):
         cached = self._of_block[table[first - 1]] if first else None
         for index in range(first, end):
             token_ids = tuple(request.token_ids[index * size : (index + 1) * size])
-            cached = self._child(request, cached, token_ids) or self._add(request, cached, token_ids)
+            cached = self._get_or_add(request, cached, token_ids)
             if cached.is_idle:
                 redundant += cached.blocks
                 for block in cached.blocks:

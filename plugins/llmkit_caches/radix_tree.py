@@ -69,6 +69,9 @@ class RadixIndex(PrefixIndex[RadixBlock]):
             low, high = (middle, high) if is_equal else (low, middle)
         return low
 
+    def _get_or_add(self, request: Request, parent: RadixBlock | None, token_ids: tuple[int, ...]) -> RadixBlock:
+        return self._child(request, parent, token_ids) or self._add(request, parent, token_ids)
+
     def _child(self, request: Request, parent: RadixBlock | None, token_ids: tuple[int, ...]) -> RadixBlock | None:
         node = parent.node if parent is not None else self._roots.get(request.tenant)
         at = parent.at + 1 if parent is not None else 0

@@ -130,8 +130,8 @@ CACHES: dict[str, Bug] = {
     "another request's prefixes are remembered": (
         PrefixIndex.find, "self._found.get(request)", "self._found.get(next(iter(self._found), request))"),
     "tenants share": (HashIndex._root, "salt = _salt(request)", "salt = ()"),
-    "equal hashes count as equal tokens": (HashIndex._child, "and cached.token_ids == token_ids", ""),
-    "equal hashes count as equal beginnings": (HashIndex._child, "cached.parent is parent and", ""),
+    "equal hashes count as equal tokens": (HashIndex._behind, "and cached.token_ids == token_ids", ""),
+    "equal hashes count as equal beginnings": (HashIndex._behind, "cached.parent is parent and", ""),
     "an old place in the queue counts": (PrefixIndex.evict, "cached.ticket == ticket", "True"),
     "evicted prefixes can be found": (HashIndex._remove, "bucket.remove(cached)", "pass"),
     "the queue misses what becomes evictable": (PrefixIndex.evict, "parent.is_idle and", "False and"),
