@@ -46,6 +46,7 @@ def summarise(
         "num_prompts": len(records),
         **throughputs(records, completed, recorder.duration, limits),
         **latencies(completed),
+        "tenants": tenants(completed),
         **engine_numbers(records, recorder.steps, recorder.duration, device),
     }
 
@@ -94,6 +95,24 @@ def latencies(completed: Iterable[RequestRecord]) -> dict[str, float | None]:
     for name, pool in pools.items():
         summary |= {f"{statistic}_{name}_ms": value for statistic, value in distribution(pool).items()}
     return summary
+
+
+def tenants(completed: Sequence[RequestRecord]) -> dict[str, dict[str, Any]]:
+    """What each tenant got: completed requests, output tokens, mean latencies in ms. Empty if there is only one."""
+    pools: dict[str, list[RequestRecord]] = {}
+    for record in completed:
+        pools.setdefault(record.tenant, []).append(record)
+    if len(pools) < 2:
+        return {}
+    return {
+        name: {
+            "completed": len(pool),
+            "total_output_tokens": sum(record.num_output_tokens for record in pool),
+            "mean_ttft_ms": distribution([record.ttft for record in pool if record.ttft is not None])["mean"],
+            "mean_e2el_ms": distribution([record.e2el for record in pool if record.e2el is not None])["mean"],
+        }
+        for name, pool in sorted(pools.items())
+    }
 
 
 def distribution(seconds: Sequence[float]) -> Mapping[str, float | None]:

@@ -51,6 +51,8 @@ def overview(result: Mapping[str, Any]) -> Rows:
         rows.append(("goodput", number(result["request_goodput"], "req/s", 2)))
     if result["deadlines_met"] is not None:
         rows.append(("deadlines met", percent(result["deadlines_met"])))
+    if spread := tenants_ttft(result):
+        rows.append(("tenants", f"{len(result['tenants'])}, mean ttft {spread} ms"))
     rows += [
         ("steps", f"{number(result['num_steps'])}, {number(result['tokens_per_step'], 'tokens each')}"),
         ("most requests at once", number(result["max_concurrent_requests"])),
@@ -65,6 +67,13 @@ def overview(result: Mapping[str, Any]) -> Rows:
     if result["gpu_idle"] is not None:
         rows.append(("GPU idle", f"at least {percent(result['gpu_idle'])}"))
     return rows
+
+
+def tenants_ttft(result: Mapping[str, Any]) -> str:
+    """Lowest and highest mean time to first token of any tenant, ms; empty where there is only one."""
+    means = [tenant["mean_ttft_ms"] for tenant in result.get("tenants", {}).values()]
+    means = [mean for mean in means if mean is not None]
+    return f"{milliseconds(min(means))} to {milliseconds(max(means))}" if means else ""
 
 
 def latency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

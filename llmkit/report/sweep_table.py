@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmkit.report.summary_table import milliseconds, number, percent
+from llmkit.report.summary_table import milliseconds, number, percent, tenants_ttft
 
 SweepRun = tuple[str, Mapping[str, Any]]
 """The run's name and what its `result.json` holds."""
@@ -33,7 +33,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         return {f"speedup at batch {batch}": f"{mean['speedup']:.2f}x" for batch, mean in means}
     if "output_throughput" not in result:
         return {}
-    return {
+    cells = {
         "tok/s": number(result["output_throughput"]),
         "p50 ttft, ms": milliseconds(result["p50_ttft_ms"]),
         "p50 tpot, ms": milliseconds(result["p50_tpot_ms"]),
@@ -41,3 +41,10 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         "preemptions": number(result["num_preemptions"]),
         "KV not written": percent(result["kv_waste"]),
     }
+    if result.get("prefix_hit_rate"):
+        cells["prefix hits"] = percent(result["prefix_hit_rate"])
+    if result.get("deadlines_met") is not None:
+        cells["deadlines met"] = percent(result["deadlines_met"])
+    if spread := tenants_ttft(result):
+        cells["tenants' mean ttft, ms"] = spread
+    return cells

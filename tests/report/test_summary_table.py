@@ -29,7 +29,7 @@ def test_goodput_and_gpu_idle_are_shown_only_where_they_exist() -> None:
     plain = dict(overview(summarise(recorder)))
     assert "goodput" not in plain
     assert "GPU idle" not in plain
-    assert "deadlines met" not in plain
+    assert "deadlines met" not in plain and "tenants" not in plain
     assert (plain["input throughput"], plain["output throughput"]) == ("1.5 tok/s", "0.5 tok/s")
     recorder.requests["a"].deadline = 0.4
     recorder.steps.append(StepRecord(*[0] * 17, sent_at=0.0, device_seconds=0.5))
@@ -37,6 +37,22 @@ def test_goodput_and_gpu_idle_are_shown_only_where_they_exist() -> None:
     assert full["goodput"] == "0.50 req/s"
     assert full["deadlines met"] == "0.0 %"
     assert full["GPU idle"] == "at least 75.0 %"
+
+
+def test_tenants_are_shown_where_there_are_several() -> None:
+    recorder = MetricsRecorder()
+    recorder.stop(2.0)
+    for name, tenant, first in (("a", "x", 0.25), ("b", "y", 0.5), ("c", "y", 1.5)):
+        recorder.requests[name] = RequestRecord(name, 0.0, 3, 1, tenant=tenant, finish_reason="stop")
+        recorder.requests[name].token_times = [first]
+    result = summarise(recorder)
+    assert dict(overview(result))["tenants"] == "2, mean ttft 250.0 to 1,000.0 ms"
+    assert result["tenants"]["y"] == {
+        "completed": 2,
+        "total_output_tokens": 2,
+        "mean_ttft_ms": 1000.0,
+        "mean_e2el_ms": 1000.0,
+    }
 
 
 def test_an_empty_run_can_be_printed_and_drawn() -> None:

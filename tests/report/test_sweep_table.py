@@ -31,6 +31,18 @@ def test_served_runs_side_by_side() -> None:
     assert "1,234.6" in text and "5.00" in text and "25.0 %" in text and "speedup" not in text
 
 
+def test_columns_of_what_only_some_runs_have() -> None:
+    tenants = {"a": {"mean_ttft_ms": 12.0}, "b": {"mean_ttft_ms": 345.6}}
+    special = {**SERVED, "prefix_hit_rate": 0.5, "deadlines_met": 0.0, "tenants": tenants}
+    text = printed(
+        ("0-plain", {**SERVED, "prefix_hit_rate": 0.0, "deadlines_met": None, "tenants": {}}), ("1", special)
+    )
+    assert all(column in text for column in ("prefix hits", "deadlines met", "tenants' mean ttft, ms"))
+    assert "12.0 to 345.6" in text and "50.0 %" in text and "0.0 %" in text
+    text = printed(("0-plain", SERVED), ("1-plain", {**SERVED, "prefix_hit_rate": 0.0}))
+    assert not any(column in text for column in ("prefix hits", "deadlines met", "tenants"))
+
+
 def test_grids_show_their_geometric_means_and_what_is_missing_is_a_dash() -> None:
     means = {"1": {"speedup": 1.5}, "8": {"speedup": 6.25}}
     text = printed(("0-grid", {"geometric_means": means}), ("1-none", {}))
