@@ -9,7 +9,7 @@ from collections.abc import Container
 
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
-from llmkit.engine.steady import SteadyDecode, is_decoding
+from llmkit.engine.steady import SteadyDecode, is_at_full_length, is_decoding
 from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.scheduler import RequestList, RequestQueue, RequestView, Scheduler
@@ -40,7 +40,7 @@ class Planner:
         self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
         self.containment = self._residency.containment
         self._num_planned_steps = 0
-        self._samples_all = False
+        self._sampling: list[Request] = []
         self._steady: SteadyDecode | None = None
 
     @property
@@ -114,15 +114,17 @@ class Planner:
     def _repeat(self) -> StepPlan | None:
         """The step before once more, if the scheduler lets it go on and every running request is decoding."""
         num_running = len(self._running)
-        if not self._samples_all or not num_running or num_running > self.scheduler.settings.max_num_batched_tokens:
+        if not self._sampling or not num_running or num_running > self.scheduler.settings.max_num_batched_tokens:
             return None
         if not self.scheduler.repeats(len(self._waiting), self._residency.num_free_slots):
             return None
         if self._steady is None:
-            requests = [view._request for view in self._running]
-            if not all(map(is_decoding, requests)):
+            running = {view._request for view in self._running}
+            ran = [request for request in self._sampling if request in running]
+            others = running.difference(ran)
+            if not all(map(is_decoding, ran)) or not all(map(is_at_full_length, others)):
                 return None
-            self._steady = SteadyDecode(requests, self._residency, self._num_planned_steps)
+            self._steady = SteadyDecode(ran, self._residency, self._num_planned_steps)
         try:
             plan = self._steady.plan()
         except BaseException:
@@ -174,7 +176,7 @@ class Planner:
             request.num_pending_samples += samples
             request.last_step_id = step_id
             request.num_sent_blocks = request.num_blocks
-        self._samples_all = all(row.samples for row in rows)
+        self._sampling = [view._request for view in step.grants] if all(row.samples for row in rows) else []
         return StepPlan(step_id, tuple(rows), admissions, edits)
 
     def lands_steadily(self, plan: StepPlan, result: StepResult) -> SteadyDecode | None:
@@ -187,6 +189,8 @@ class Planner:
 
     def land(self, plan: StepPlan, failed_rows: Container[int] = ()) -> list[Request | None]:
         """A step has run: its rows' KV is valid, but for failed ones. Stale rows (preempted, finished) give None."""
+        if self._steady is not None and self._steady.owns(plan):
+            self._end_repeating()
         landed: list[Request | None] = []
         requests, publish = self.requests, self._residency.publish
         for row, (request_id, _, start, num_tokens, samples, epoch) in enumerate(plan.scheduled):

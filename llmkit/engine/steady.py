@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter
 
 from llmkit.engine.residency import Residency
 from llmkit.rows import DecodeRows, Lineup
@@ -28,6 +29,9 @@ class _Row:
     num_steps: int
     num_planned: int = 0
     num_landed: int = 0
+
+
+_number = attrgetter("number")
 
 
 @dataclass(slots=True, eq=False)
@@ -64,8 +68,12 @@ def is_decoding(request: Request) -> bool:
     if request.num_sent_blocks != request.num_blocks:
         return False
     target = request.num_tokens + request.num_pending_samples
-    ahead = target - request.num_computed_tokens - request.num_in_flight_tokens
-    return ahead == 1 or target >= request.max_num_tokens
+    return target == request.num_computed_tokens + request.num_in_flight_tokens + 1 or is_at_full_length(request)
+
+
+def is_at_full_length(request: Request) -> bool:
+    """Whether its last token is on its way."""
+    return request.num_tokens + request.num_pending_samples >= request.max_num_tokens
 
 
 class SteadyDecode:
@@ -79,12 +87,14 @@ class SteadyDecode:
         self._num_landed = 0
         self._rows: dict[Request, _Row] = {}
         self._to_grow: defaultdict[int, list[_Row]] = defaultdict(list)
+        self._to_publish: defaultdict[int, list[_Row]] = defaultdict(list)
         self._to_stop: defaultdict[int, list[_Row]] = defaultdict(list)
         self._in_flight: deque[Crew] = deque()
         self._gone: set[Request] = set()
         self._crew = self._gather(requests)
 
     def _gather(self, requests: Iterable[Request]) -> Crew:
+        residency = self._residency
         for request in requests:
             num_steps = request.max_num_tokens - request.num_tokens - request.num_pending_samples
             if num_steps > 0:
@@ -92,6 +102,7 @@ class SteadyDecode:
                 row = self._rows[request] = _Row(len(self._rows), request, start, num_steps)
                 self._to_stop[num_steps].append(row)
                 self._expect_growth(row)
+                self._to_publish[residency.block_size - start % residency.block_size].append(row)
         members = list(self._rows)
         lineup = Lineup(
             tuple([request.request_id for request in members]),
@@ -129,7 +140,7 @@ class SteadyDecode:
         rows = self._to_grow.pop(self._num_planned, ())
         if not rows:
             return ()
-        rows = sorted((row for row in rows if row.request in self._rows), key=lambda row: row.number)
+        rows = sorted((row for row in rows if row.request in self._rows), key=_number)
         for row in rows:
             self._settle(row)
             if not self._residency.reserve(row.request, row.start + self._num_planned + 1):
@@ -147,7 +158,6 @@ class SteadyDecode:
     def land(self, token_ids: Sequence[int]) -> Crew:
         """The oldest step has run: everybody gets a token, but for those who have left since."""
         crew = self._in_flight.popleft()
-        self._residency.land(self.first_step_id + self._num_landed)
         self._num_landed += 1
         if crew.is_whole:
             deque(map(list.append, crew.token_ids, token_ids), maxlen=0)
@@ -157,7 +167,16 @@ class SteadyDecode:
             ):
                 if request.epoch == epoch:
                     own.append(token_id)
+        self._publish()
+        self._residency.land(self.first_step_id + self._num_landed - 1)
         return crew
+
+    def _publish(self) -> None:
+        """The step that has just landed filled a block of these rows: their KV may be reused."""
+        rows = self._to_publish.pop(self._num_landed, ())
+        for row in sorted((row for row in rows if row.request in self._rows), key=_number):
+            self._settle(row)
+            self._to_publish[self._num_landed + self._residency.block_size].append(row)
 
     def full_length(self) -> list[Request]:
         """Those for whom the step that has just landed was the last."""
@@ -180,17 +199,19 @@ class SteadyDecode:
             self._settle(row)
 
     def _settle(self, row: _Row) -> None:
-        request = row.request
-        num_planned = min(self._num_planned, row.num_steps)
-        num_landed = min(self._num_landed, row.num_steps)
+        request, num_planned, num_landed = row.request, self._num_planned, self._num_landed
+        if num_planned > row.num_steps:
+            num_planned, num_landed = row.num_steps, min(num_landed, row.num_steps)
         num_new_planned, num_new_landed = num_planned - row.num_planned, num_landed - row.num_landed
-        row.num_planned, row.num_landed = num_planned, num_landed
         if num_new_planned:
+            row.num_planned = num_planned
             request.num_service_tokens += num_new_planned
             request.last_step_id = self.first_step_id + num_planned - 1
-        request.num_in_flight_tokens += num_new_planned - num_new_landed
-        request.num_pending_samples += num_new_planned - num_new_landed
+        if num_new_planned != num_new_landed:
+            request.num_in_flight_tokens += num_new_planned - num_new_landed
+            request.num_pending_samples += num_new_planned - num_new_landed
         if num_new_landed:
+            row.num_landed = num_landed
             request.num_tokens += num_new_landed
             request.num_computed_tokens += num_new_landed
             self._residency.publish(request, request.num_computed_tokens)

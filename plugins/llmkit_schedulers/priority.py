@@ -37,3 +37,7 @@ class Priority(ContinuousBatching):
 
     def outranks(self, waiting: RequestView, running: RequestView) -> bool:
         return self.rank(waiting) < self.rank(running)
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        """Ranks do not change, and the order of those who run only matters when somebody has to give way."""
+        return not num_waiting

@@ -14,3 +14,7 @@ class Static(ContinuousBatching):
 
     def admit(self, request: RequestView, step: SchedulingStep) -> bool:
         return self._is_filling
+
+    def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
+        """Nobody joins those who decode."""
+        return True
