@@ -36,7 +36,7 @@ class ShortestJobFirst(ContinuousBatching):
         return sorted(waiting, key=self.rank)
 
     def victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
-        return max(candidates, key=self.rank)
+        return max(reversed(candidates), key=self.rank)  # of equals the latest, or they would evict each other in turn
 
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
         return super().repeats(num_waiting and num_free_seqs, num_free_seqs)  # nobody is displaced
