@@ -20,8 +20,8 @@ from llmkit.types import DecodeRows, StepPlan
 
 log = logging.getLogger(__name__)
 
-Choose = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`DeviceSampler.choose`: logits, slots, positions and the token table -> token ids and values."""
+Choose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`DeviceSampler.choose`: logits, slots, positions and the token table -> results [2, R]."""
 MAX_ROWS = 1024
 SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -35,23 +35,21 @@ def buckets_up_to(max_rows: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph and what it reads and writes: `inputs` int64 [4, n], `logits` [n, vocab], `token_ids`, `values` [n]."""
+    """A graph and what it reads and writes: `inputs` int64 [4, n], `logits` [n, vocab], `results` int64 [2, n]."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     logits: Tensor
-    token_ids: Tensor
-    values: Tensor
+    results: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A replayed step, valid until the next one: `logits` [R, vocab], and the plain choice from them, `token_ids` int64
-    [R] and `values` [R], finite where there was something to choose from."""
+    """A replayed step, valid until the next one: `logits` [R, vocab], and the plain choice from them, `results` int64
+    [2, >= R] as of `DeviceSampler.choose`."""
 
     logits: Tensor
-    token_ids: Tensor
-    values: Tensor
+    results: Tensor
 
 
 class DecodeGraphs:
@@ -108,7 +106,7 @@ class DecodeGraphs:
         inputs = torch.from_numpy(self._inputs(plan, size))
         captured.inputs.copy_(inputs.pin_memory(), non_blocking=True)
         captured.graph.replay()
-        return Decoded(captured.logits[:num_rows], captured.token_ids[:num_rows], captured.values[:num_rows])
+        return Decoded(captured.logits[:num_rows], captured.results)
 
     def capture(self) -> None:
         """Capture the largest bucket, so that the others fit into its memory, and the smallest.
@@ -147,16 +145,15 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, token_ids, values = self._step(inputs)
-        return _Captured(graph, inputs, logits, token_ids, values)
+            logits, results = self._step(inputs)
+        return _Captured(graph, inputs, logits, results)
 
-    def _step(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         slots, positions, _, seq_lens = inputs.unbind()
         batch = self._batch(inputs)
         self._backend.plan(batch)
         logits = self._network(self._tokens[slots, positions], positions, batch.query_start_loc[:-1].long())
-        token_ids, values = self._choose(logits, slots, seq_lens, self._tokens)
-        return logits, token_ids, values
+        return logits, self._choose(logits, slots, seq_lens, self._tokens)
 
     def _batch(self, inputs: Tensor) -> AttentionBatch:
         slots, positions, slot_mapping, seq_lens = inputs.unbind()

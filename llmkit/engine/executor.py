@@ -109,7 +109,7 @@ class TorchExecutor:
         rows, positions = slots_and_starts(plan.scheduled)
         slots, ends = rows.tolist(), (positions + 1).tolist()
         if self.sampler.is_plain(slots, ends):
-            sampled = Sampled(decoded.token_ids, decoded.values)
+            sampled = Sampled.at_once(decoded.results, len(rows))
         else:
             sampled = self._choose(decoded.logits, slots, ends)
         return _Launched(plan.step_id, len(rows), tuple(range(len(rows))), sampled, {})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkit.model.sampling import Sampler
 from llmkit.model.sampling import sampler as sampler_module
-from llmkit.model.sampling.device_sampler import DeviceSampler
+from llmkit.model.sampling.device_sampler import DeviceSampler, split
 from llmkit.model.sampling.draw import block_size_for, draw
 from llmkit.model.sampling.noise import noise_key, uniforms
 from llmkit.model.sampling.nucleus import Filters, draw_filtered
@@ -66,7 +66,7 @@ def test_chooses_what_the_cpu_chooses(vocab_size: int, dtype: torch.dtype) -> No
     positions = [3 + 17 * slot % 29 for slot in slots]
     tokens = torch.full((ROWS + 1, 40), -1, dtype=torch.int64, device=DEVICE)
     made = sampler(vocab_size, temperatures)
-    token_ids, values = made.choose(logits, numbered(slots), numbered(positions), tokens)
+    token_ids, values = split(made.choose(logits, numbered(slots), numbered(positions), tokens))
     assert values.isfinite().all()
     wanted = drawn_on_cpu(logits, temperatures, slots, positions)
     is_greedy = torch.tensor([temperatures[slot] == 0 for slot in slots])
@@ -94,7 +94,9 @@ def test_filters_keep_what_they_keep_on_the_cpu(vocab_size: int, dtype: torch.dt
     made = DeviceSampler(vocab_size, len(params), DEVICE)
     for slot, asked in enumerate(params):
         made.set_slot(slot, asked.temperature, noise_key(slot), asked.top_k, asked.top_p, asked.min_p)
-    token_ids, values = made.choose_filtered(logits.to(DEVICE), numbered(list(range(len(params)))), numbered(positions))
+    token_ids, values = split(
+        made.choose_filtered(logits.to(DEVICE), numbered(list(range(len(params)))), numbered(positions))
+    )
     assert values.isfinite().all()
     scaled = logits.float() / torch.tensor([[asked.temperature] for asked in params])
     keys = np.array([noise_key(slot) for slot in range(len(params))], dtype=np.uint64)
@@ -109,7 +111,7 @@ def test_draws_follow_the_softmax() -> None:
     row[[4, 40, 89]] = -torch.inf
     made = sampler(90, [0.7] * rows)
     same = torch.zeros(rows, dtype=torch.int64, device=DEVICE) + 5
-    token_ids, _ = made.choose(row.to(DEVICE).repeat(rows, 1), numbered(list(range(rows))), same)
+    token_ids, _ = split(made.choose(row.to(DEVICE).repeat(rows, 1), numbered(list(range(rows))), same))
     counts = np.bincount(token_ids.cpu().numpy(), minlength=90)
     assert abs(deviation(counts, (row.double() / 0.7).softmax(-1).numpy())) < 4
 
@@ -127,9 +129,9 @@ def test_broken_rows_are_told_and_get_a_valid_id(temperature: float) -> None:
     logits[1, 17], logits[2], logits[3, 5], logits[4, 1:] = torch.nan, -torch.inf, torch.inf, -torch.inf
     zeros = numbered([0] * 5)
     made = sampler(300, [temperature])
-    token_ids, values = made.choose(logits, zeros, zeros)
+    token_ids, values = split(made.choose(logits, zeros, zeros))
     if temperature > 0:
-        filtered_ids, filtered_values = made.choose_filtered(logits, zeros, zeros)
+        filtered_ids, filtered_values = split(made.choose_filtered(logits, zeros, zeros))
         assert torch.equal(filtered_values.isfinite(), values.isfinite())
         assert filtered_ids[4] == 0 and all(0 <= token_id < 300 for token_id in filtered_ids.tolist())
     assert values.isfinite().tolist() == [True, False, False, False, True]
@@ -138,7 +140,7 @@ def test_broken_rows_are_told_and_get_a_valid_id(temperature: float) -> None:
 
 def test_slots_never_set_are_greedy() -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    token_ids, _ = sampler(50, [1.0]).choose(logits, numbered([1]), numbered([0]))
+    token_ids, _ = split(sampler(50, [1.0]).choose(logits, numbered([1]), numbered([0])))
     assert token_ids.tolist() == logits.argmax(-1).tolist()
 
 

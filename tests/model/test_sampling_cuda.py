@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmkit.model.sampling import Sampler
-from llmkit.model.sampling.device_sampler import DeviceSampler
+from llmkit.model.sampling.device_sampler import DeviceSampler, split
 from llmkit.model.sampling.draw import draw, most_likely
 from llmkit.model.sampling.nucleus import Filters, draw_filtered
 from llmkit.types import SamplingParams
@@ -135,13 +135,13 @@ def test_kernels_can_be_captured_and_replayed_for_other_rows(gpu: torch.device) 
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token_ids, values = made.choose(logits, slots, positions, tokens)
+        token_ids, values = split(made.choose(logits, slots, positions, tokens))
     for shift in (0, 1, 5):
         slots.copy_((torch.arange(rows, device=gpu) + shift) % rows)
         positions.copy_(torch.arange(rows, device=gpu) + shift)
         made.set_slot(shift, 0.9, 7)
         graph.replay()
-        wanted, _ = made.choose(logits, slots, positions)
+        wanted, _ = split(made.choose(logits, slots, positions))
         assert torch.equal(token_ids, wanted) and torch.equal(tokens[slots, positions], wanted)
         assert values.isfinite().all()
 

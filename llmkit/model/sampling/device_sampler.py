@@ -55,47 +55,49 @@ class DeviceSampler:
             if temperature > 0:
                 self._filters[slot] = to_device(settings[2:], self._settings.device, torch.int64)
 
-    def choose(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def choose(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor | None = None) -> Tensor:
         """A token for every row of `logits` [R, >= vocab_size] in a dtype up to float32, last stride 1.
 
         `slots`, `positions` int64 [R]: whose row it is, and the index its token takes in the sequence. If given,
-        `tokens` int64 [num_slots, max_len] gets the token there. Returns int64 [R] below `vocab_size`, the lowest id
-        among equals where greedy, and float32 [R]: finite if the row had something to choose from, else NaN.
+        `tokens` int64 [num_slots, max_len] gets the token there. Returns int64 [2, R]: ids below `vocab_size`, the
+        lowest among equals where greedy, and the bits of a float64, finite if the row had something to choose from.
         """
-        parts, token_ids, values = self._weighed(logits, slots)
+        parts, results = self._weighed(logits, slots)
         choose[(len(logits),)](
-            logits, logits.stride(0), slots, positions, self._settings, parts[0], parts[1], token_ids, values,
-            token_ids if tokens is None else tokens, 0 if tokens is None else tokens.stride(0),
+            logits, logits.stride(0), slots, positions, self._settings, parts[0], parts[1], *split(results),
+            results if tokens is None else tokens, 0 if tokens is None else tokens.stride(0),
             self._vocab_size, self._num_blocks, SIZE=self._block_size, BLOCKS=triton.next_power_of_2(self._num_blocks),
             STORES=tokens is not None, PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
         )  # fmt: skip
-        return token_ids, values
+        return results
 
-    def choose_filtered(self, logits: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_filtered(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """As `choose`, by each row's top-k, then top-p, then min-p; no row may be greedy."""
-        parts, token_ids, values = self._weighed(logits, slots)
+        parts, results = self._weighed(logits, slots)
         choose_filtered[(len(logits),)](
             logits, logits.stride(0), slots, positions, self._settings, self._filters, parts[0], parts[1],
-            token_ids, values, self._vocab_size, self._num_blocks, BLOCKS=triton.next_power_of_2(self._num_blocks),
+            *split(results), self._vocab_size, self._num_blocks, BLOCKS=triton.next_power_of_2(self._num_blocks),
             TILE=min(TILE, triton.next_power_of_2(self._vocab_size)), UNUSED=UNUSED_BITS[logits.dtype],
             PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=16,
         )  # fmt: skip
-        return token_ids, values
+        return results
 
-    def _weighed(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weighed(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Maxima and masses of blocks, float32 [2, R, blocks], and room for the results."""
         num_rows, size, num_blocks = len(logits), self._block_size, self._num_blocks
         parts = torch.empty(2, num_rows, num_blocks, dtype=torch.float32, device=logits.device)
-        token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-        values = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        results = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device)
         together = min(max(1, AT_ONCE // size), triton.next_power_of_2(num_blocks))
         weigh_blocks[(num_rows, triton.cdiv(num_blocks, together))](
             logits, logits.stride(0), slots, self._settings, parts[0], parts[1], self._vocab_size, num_blocks,
             SIZE=size, TOGETHER=together, PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
         )  # fmt: skip
-        return parts, token_ids, values
+        return parts, results
+
+
+def split(results: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [R] and values float64 [R] of what a `DeviceSampler` chose, as views."""
+    return results[0], results[1].view(torch.float64)
 
 
 def _filter_bits(top_k: int, top_p: float, min_p: float) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from llmkit.model.sampling.logprobs import LogprobTensors, to_host
@@ -27,18 +28,32 @@ class Sampled:
         logprobs: LogprobTensors | None = None,
         logprob_rows: Sequence[int] = (),
         tops: Sequence[int] = (),
+        on_host: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """`evidence` [R] is finite in the rows that had something to choose from."""
+        """`evidence` [R] is finite in the rows that had something to choose from.
+
+        `on_host` waits for both on the host; without it they are copied here.
+        """
         self.token_ids = token_ids
-        self._host_token_ids = HostCopy(token_ids)
-        self._evidence = HostCopy(evidence)
+        self._on_host = on_host or _copied(token_ids, evidence)
         self._logprobs = None if logprobs is None else [HostCopy(tensor) for tensor in logprobs]
         self._logprob_rows = logprob_rows
         self._tops = tops
 
+    @classmethod
+    def at_once(cls, results: Tensor, num_rows: int) -> Sampled:
+        """Of the first rows in what `DeviceSampler` leaves, int64 [2, >= num_rows], by a single copy."""
+        copy = HostCopy(results)
+
+        def on_host() -> tuple[Tensor, Tensor]:
+            ids, bits = copy.get()[:, :num_rows]
+            return ids, bits.view(torch.float64)
+
+        return cls(results[0, :num_rows], results[1, :num_rows].view(torch.float64), on_host=on_host)
+
     def tolist(self) -> list[int]:
         """The token ids on the host; waits for this step only, not for work launched after it."""
-        ids: list[int] = self._host_token_ids.get().tolist()
+        ids: list[int] = self._on_host()[0].tolist()
         return ids
 
     @cached_property
@@ -52,7 +67,12 @@ class Sampled:
     @cached_property
     def errors(self) -> dict[int, str]:
         """One line for every row that had nothing to choose from; its token must not be used."""
-        usable = self._evidence.get().isfinite()
+        usable = self._on_host()[1].isfinite()
         if bool(usable.all()):
             return {}
         return {row: NOTHING_TO_CHOOSE for row, fine in enumerate(usable.tolist()) if not fine}
+
+
+def _copied(token_ids: Tensor, evidence: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    ids, values = HostCopy(token_ids), HostCopy(evidence)
+    return lambda: (ids.get(), values.get())

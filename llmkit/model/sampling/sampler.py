@@ -69,7 +69,7 @@ class Sampler:
         """
         logits = logits.contiguous()
         if self._runs_kernels(logits) and self.is_plain(slots, positions):
-            return Sampled(*self._choose(logits, slots, positions))
+            return Sampled.at_once(self._choose(logits, slots, positions), len(slots))
         plan = self._plan_for(slots, positions)
         parts = [(group, most_likely(self._rows(group, logits, positions, tokens))) for group in plan.greedy]
         parts += [(draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws]
@@ -115,7 +115,8 @@ class Sampler:
             rows = self._rows(draws.group, logits, positions, tokens)
             slots = [self._planned_for[0][row] for row in draws.group.rows]
             ends = [positions[row] for row in draws.group.rows]
-            return self._choose(rows, slots, ends, draws.filters is not None)
+            results = self._choose(rows, slots, ends, draws.filters is not None)
+            return results[0], results[1].view(torch.float64)
         here = np.array([positions[row] for row in draws.group.rows], dtype=np.uint64)
         noise = to_device(torch.from_numpy(uniforms(draws.keys, here)), self._device)
         rows = self._rows(draws.group, logits, positions, tokens)
@@ -133,13 +134,11 @@ class Sampler:
     def _runs_kernels(self, logits: Tensor) -> bool:
         return self.on_device is not None and logits.dtype is not torch.float64
 
-    def _choose(
-        self, logits: Tensor, slots: list[int], positions: list[int], is_filtered: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, slots: list[int], positions: list[int], is_filtered: bool = False) -> Tensor:
         places = to_device([slots, positions], self._device, torch.int64)
         choose = self.on_device.choose_filtered if is_filtered else self.on_device.choose
-        chosen: tuple[Tensor, Tensor] = choose(logits, places[0], places[1])
-        return chosen
+        results: Tensor = choose(logits, places[0], places[1])
+        return results
 
     def _rows(self, group: Group, logits: Tensor, positions: Sequence[int], tokens: Tensor) -> Tensor:
         """The group's logits: [G, V] as they came, or an edited copy [G, W]."""
