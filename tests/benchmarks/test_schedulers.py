@@ -58,7 +58,8 @@ def test_the_committed_page_and_pictures_are_what_the_script_writes(
     (tmp_path / "docs").mkdir()
     page = shutil.copy(ROOT / "docs" / "schedulers.md", tmp_path / "docs")
     schedulers.main([], tmp_path)
-    assert Path(page).read_text() == (ROOT / "docs" / "schedulers.md").read_text()
+    committed = (ROOT / "docs" / "schedulers.md").read_text()
+    assert Path(page).read_text() == committed, "the figures have changed: python -m benchmarks.schedulers"
     assert capsys.readouterr().out in Path(page).read_text()
     for name in schedulers.COMPARISONS:
         assert (tmp_path / "docs" / "schedulers" / f"{name}.png").stat().st_size > 10_000
