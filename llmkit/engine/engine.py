@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import pluggy
 
@@ -166,14 +166,14 @@ class Engine:
                 self._finish(request, FinishReason.ERROR, result.errors[row])
             elif plan.scheduled[row].samples:
                 new_tokens[request.request_id] = 1
-                self._hear(progress, partial(progress.add_token, result.token_ids[row], result.logprobs.get(row), now))
+                self._hear(progress, progress.add_token, result.token_ids[row], result.logprobs.get(row), now)
         return new_tokens
 
-    def _hear(self, progress: Progress, add: Callable[[], FinishReason | None]) -> None:
+    def _hear(self, progress: Progress, add: Callable[..., FinishReason | None], *token: Any) -> None:
         """`add` a token to one request's output. If that raises, only this request ends."""
         error = None
         try:
-            reason = add()
+            reason = add(*token)
         except BaseException as fault:
             error = self.planner.containment.take(fault, "its output")
             reason = FinishReason.ERROR
@@ -197,7 +197,7 @@ class Engine:
             if request.epoch != crew.lineup.epochs[row]:
                 continue
             progress = self._progress[request.request_id]
-            self._hear(progress, partial(progress.heed, token_ids[row], result.logprobs.get(row)))
+            self._hear(progress, progress.heed, token_ids[row], result.logprobs.get(row))
         return new_tokens
 
     def _heeding_rows(self, crew: Crew) -> list[int]:

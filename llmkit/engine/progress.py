@@ -103,11 +103,14 @@ class Progress:
 
     def take_output(self) -> StepOutput:
         """What is new since the last call; text that may turn out to be a stop string is held back."""
-        tokens = tuple(self.request.token_ids[self.request.num_prompt_tokens + self._num_emitted_tokens :])
+        request = self.request
+        tokens = tuple(request.token_ids[request.num_prompt_tokens + self._num_emitted_tokens :])
         self._num_emitted_tokens += len(tokens)
+        if not self.text:
+            return StepOutput(request.request_id, tokens, "")
         end = max(self._num_emitted_chars, len(self.text) - self._holdback)
         text, self._num_emitted_chars = self.text[self._num_emitted_chars : end], end
-        return StepOutput(self.request.request_id, tokens, text)
+        return StepOutput(request.request_id, tokens, text)
 
     def finish(self, reason: FinishReason, error: str | None, now: float) -> StepOutput:
         """The last output, with the whole completion."""

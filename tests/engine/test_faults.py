@@ -87,8 +87,8 @@ def test_cells_go_through_all_hooks_and_exceptions() -> None:
 def test_the_cells_bite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Landing that is cut short, or a block that is never freed, would be seen."""
 
-    def uncontained(self: Any, progress: Any, add: Any) -> None:
-        reason = add()
+    def uncontained(self: Any, progress: Any, add: Any, *token: Any) -> None:
+        reason = add(*token)
         if reason is not None:
             self._finish(progress.request, reason)
 

@@ -29,6 +29,14 @@ def test_who_runs_is_not_displaced(make_stage: Any) -> None:
     assert stage.ended["long"] < stage.ended["short"] and stage.num_preemptions == {"long": 0, "short": 0}
 
 
+def test_of_equals_the_latest_gives_way(make_stage: Any) -> None:
+    """If it were the first, the two would evict each other in turn."""
+    stage = make_stage(ShortestJobFirst, num_blocks=5)
+    stage.add("a", max_tokens=12), stage.add("b", max_tokens=12)
+    stage.steps()
+    assert stage.num_preemptions["a"] == 0 and stage.num_preemptions["b"] > 0
+
+
 def test_the_longest_gives_way_when_blocks_run_out(make_stage: Any) -> None:
     stage = make_stage(ShortestJobFirst, num_blocks=5)
     stage.add("long", num_prompt=6, max_tokens=10, length_hint=80), stage.step()
