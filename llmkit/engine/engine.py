@@ -171,15 +171,15 @@ class Engine:
 
     def _hear(self, progress: Progress, add: Callable[..., FinishReason | None], *token: Any) -> None:
         """`add` a token to one request's output. If that raises, only this request ends."""
-        error = None
         try:
             reason = add(*token)
         except BaseException as fault:
-            error = self.planner.containment.take(fault, "its output")
-            reason = FinishReason.ERROR
             progress.give_up_text()
+            error = self.planner.containment.take(fault, "its output")
+            self._finish(progress.request, FinishReason.ERROR, error)
+            return
         if reason is not None:
-            self._finish(progress.request, reason, error)
+            self._finish(progress.request, reason)
         elif progress.streams:
             self._outputs.append(progress.take_output())
 

@@ -6,7 +6,7 @@ mostly two or three tokens, and prompts begin like earlier ones, so that prefixe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
 from typing import NamedTuple
@@ -110,12 +110,16 @@ class Draws:
 
     def requests(self) -> list[Event]:
         """Requests that come, some of which the caller aborts, and some of those come back under the same id."""
-        random, events = self.random, []
+        random = self.random
+        events: list[Event] = []
         for number in range(random.randint(2 if self.is_crowded else 1, 12)):
             name = str(number)
             at = 0 if self.is_crowded else random.choice((0, random.randint(0, 40), random.randint(0, 90)))
             num_more = 2 if number % 4 == 3 else 0
-            events.append(Event(at, Rule.ADD, name, self.request(name, number, at), num_more))
+            one = self.request(name, number, at)
+            if self.is_crowded and events and random.random() < 0.4 and events[-1].request:
+                one = replace(events[-1].request, request_id=name)  # a twin: only their order tells them apart
+            events.append(Event(at, Rule.ADD, name, one, num_more))
             if not self.is_crowded and random.random() < 0.25:
                 at += random.choice((0, 1, random.randint(0, 25)))
                 events.append(Event(at, Rule.ABORT, name))

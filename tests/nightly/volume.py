@@ -92,14 +92,18 @@ def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocat
         tally.last_seed += 1
         world = draw_world(tally.last_seed)
         for depth in DEPTHS:
-            built, allocator = (
-                build_scheduler(scheduler, world.scheduler_options, {}),
-                build_cache(cache, world.spec, {}),
-            )
+            built = build_scheduler(scheduler, world.scheduler_options, {})
+            allocator = build_cache(cache, world.spec, cache_options(cache, tally.last_seed))
             walk = Walk(world, built, allocator, depth)
             _note(tally, walk.run)
             tally.coverage += walk.coverage
     tally.step_seconds = time.process_time() - started
+
+
+def cache_options(cache: type[CacheAllocator], number: int) -> dict[str, Any]:
+    """Options a cache may have, in turn: every eviction, and now and then no reuse at all."""
+    turns = {"eviction": ("lru", "lfu", "fifo")[number % 3], "prefix": number % 7 > 0}
+    return {name: value for name, value in turns.items() if name in cache.Settings.model_fields}
 
 
 def rule_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:

@@ -4,6 +4,13 @@ from typing import Any
 
 import pytest
 
+from llmkit.engine.limits import EngineLimits
+from llmkit.interfaces.cache import CacheSpec
+from llmkit.testing import ReferenceCache
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import Event, Rule, World
+from llmkit.types import Request, SamplingParams
 from llmkit_schedulers.sjf import ShortestJobFirst
 
 
@@ -57,3 +64,15 @@ def test_the_bound_lets_nobody_starve(make_stage: Any, depth: int) -> None:
             break
     # Whoever came within 18 seconds (20, less the 2 of the short ones) is served first, nobody else.
     assert 18 <= stage.ended["long"] <= 18 * (1 + 2 * depth) + 8
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("max_chunk_tokens", [1, 2, 3])
+def test_equals_do_not_evict_each_other_for_ever(max_chunk_tokens: int, depth: int) -> None:
+    """Their rank does not say who gives way, and their order changes whenever one comes back."""
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 21, "max_chunk_tokens": max_chunk_tokens}
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    events = [Event(0, Rule.ADD, name, Request(name, [0, 0], params)) for name in ("a", "b")]
+    world = World(0, CacheSpec(10, 1), limits, events, EngineLimits(2, 10))
+    scheduler = build_scheduler(ShortestJobFirst, limits, {})
+    assert Walk(world, scheduler, build_cache(ReferenceCache, world.spec, {}), depth).run().num_tokens == 16

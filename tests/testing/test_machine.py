@@ -1,6 +1,5 @@
 """The engine as a hypothesis state machine, for every pair; what a walk finds fails there too, and shrinks."""
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -12,21 +11,16 @@ from llmkit.testing.machine import replay, walk_machine
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
 from llmkit.testing.worlds import Rule, draw_world
-from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
-from llmkit_schedulers.priority import Priority
-from llmkit_schedulers.sequential import Sequential
-from llmkit_schedulers.static import Static
+from tests.nightly.volume import Pair, all_pairs
 
-PAIRS = list(product([Continuous, Priority, Sequential, Static], [PagedCache, ContiguousCache]))
 QUICK = settings(max_examples=10, stateful_step_count=25, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize(("scheduler", "cache"), PAIRS)
-def test_every_pair_keeps_its_promises(scheduler: Any, cache: Any, depth: int) -> None:
-    run_state_machine_as_test(walk_machine(scheduler, cache, depth), settings=QUICK)
+@pytest.mark.parametrize(("number", "pair"), list(enumerate(all_pairs())), ids=str)
+def test_every_pair_keeps_its_promises(number: int, pair: Pair) -> None:
+    run_state_machine_as_test(walk_machine(*pair.load(), depth=number % 3), settings=QUICK)
 
 
 def failing_walk(depth: int) -> Walk:
@@ -54,6 +48,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
+def test_the_machine_finds() -> None:
+    quick = settings(QUICK, max_examples=40, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(AssertionError, match=r"Continuous on PagedCache, depth 1, seed -1, step \d+: "):
+        run_state_machine_as_test(walk_machine(Continuous, PagedCache, 1), settings=quick)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_walk_that_fails_replays_in_the_machine() -> None:
     walk = failing_walk(depth=1)
     with pytest.raises(AssertionError) as caught:
@@ -65,6 +66,7 @@ def test_a_walk_that_fails_replays_in_the_machine() -> None:
     assert {event.rule for event in walk.trace} >= {Rule.ADD, Rule.STEP}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_the_machine_finds_and_shrinks() -> None:
     """Hypothesis' smallest example of this bug has one or two short requests."""
