@@ -171,11 +171,11 @@ class Planner:
             samples = start + num_tokens == request.num_tokens + request.num_pending_samples
             rows.append(ScheduledRequest(request.request_id, request.slot, start, num_tokens, samples, request.epoch))
             request.num_in_flight_tokens += num_tokens
-            self._residency.num_scheduled_tokens += num_tokens
             request.num_service_tokens += num_tokens
             request.num_pending_samples += samples
             request.last_step_id = step_id
             request.num_sent_blocks = request.num_blocks
+        self._residency.num_scheduled_tokens += sum(step.grants.values())
         self._sampling = [view._request for view in step.grants] if all(row.samples for row in rows) else []
         return StepPlan(step_id, tuple(rows), admissions, edits)
 
