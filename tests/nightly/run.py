@@ -1,6 +1,6 @@
 """The nightly tier: much of everything that is too long for the default suite; writes `docs/reliability.md` itself.
 
-python -m tests.nightly.run                                   # ten million steps, up to an hour on eight cores
+python -m tests.nightly.run                                   # ten million steps: an hour of one core, less of several
 python -m tests.nightly.run --steps 200000 --rules 500 --cells 300 --no-slow
 """
 
@@ -61,6 +61,12 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else "")
 
 
+def _without_page(arguments: Sequence[str]) -> list[str]:
+    """Options that say what was done, not where it was written."""
+    at = arguments.index("--page") if "--page" in arguments else len(arguments)
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 if anything failed or survived; the page is written in any case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tallies = run_pairs(budget, options.workers)
     mutants = None if options.no_mutants else run_suite("mutant")
     slow = None if options.no_slow else run_suite("slow and not cuda")
-    given = sys.argv[1:] if arguments is None else arguments
-    words = " ".join(word for word in given if not word.startswith("/"))
-    command = f"python -m tests.nightly.run {words}".strip()
+    command = " ".join(
+        ["python -m tests.nightly.run", *_without_page(sys.argv[1:] if arguments is None else arguments)]
+    )
     where = Circumstances(before, platform.python_version(), command, time.perf_counter() - started)
     options.page.write_text(write_page(tallies, budget, mutants, slow, where), encoding="utf-8")
     print(f"written: {options.page.name}")
