@@ -35,7 +35,7 @@ class DeviceSampler:
         self._num_blocks = triton.cdiv(vocab_size, self._block_size)
         self._overlaps = can_overlap(device)
         self._settings = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
-        self._filters = torch.tensor([_filter_bits(0, 1.0, 0.0)] * num_slots, device=device)
+        self._filters = to_device([_filter_bits(0, 1.0, 0.0)] * num_slots, device, torch.int64)
         self._known: list[tuple[int, ...]] = [(0, 0)] * num_slots
 
     def set_slot(
