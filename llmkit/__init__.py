@@ -16,6 +16,7 @@ from llmkit.hookspecs import RequestEvent, StepEvent, hookimpl
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec, CacheStats
 from llmkit.interfaces.clock import Clock, MonotonicClock, VirtualClock
+from llmkit.interfaces.eviction import Evictable, EvictionPolicy
 from llmkit.interfaces.executor import Executor, PendingStep
 from llmkit.interfaces.scheduler import (
     DenialReason,
@@ -68,6 +69,8 @@ __all__ = [
     "Denied",
     "Engine",
     "EngineSettings",
+    "Evictable",
+    "EvictionPolicy",
     "Executor",
     "FinishReason",
     "Grant",

@@ -46,7 +46,7 @@ def store(registry: Registry) -> None:
     config_store = ConfigStore.instance()
     for group in (*KINDS, *SECTIONS):
         config_store.repo.pop(group, None)
-    for component in registry.components():
+    for component in (one for one in registry.components() if one.kind in KINDS):
         node = {"name": component.name, **defaults(component.settings, MISSING)}
         config_store.store(name=component.name, node=node, group=component.kind, provider=component.owner)
     for kind, names in RESERVED.items():

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import create_model
 
 from llmkit.errors import ConfigError, PluginError, unknown_name
 from llmkit.interfaces.settings import Settings
 
 KINDS = ("scheduler", "cache", "attention", "model", "workload")
+PARTS = ("eviction",)
+"""Kinds without a group of their own: an option of that name, in the settings of a component, chooses among them."""
 RESERVED = {"attention": {"auto"}}
 
 
@@ -43,6 +49,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._components: dict[tuple[str, str], Component] = {}
+        self._offering: dict[tuple[type[Settings], Any], type[Settings]] = {}
         self.failures: dict[str, str] = {}
         self.blocked: dict[str, str] = {}
         self.owner = "the core"
@@ -67,8 +74,8 @@ class Registry:
 
         A class brings its `Settings`; a lazy target names them in `settings`. PluginError on a bad or taken name.
         """
-        if kind not in KINDS:
-            raise PluginError(f"{self.owner}: {unknown_name('kind of component', kind, KINDS)}")
+        if kind not in (*KINDS, *PARTS):
+            raise PluginError(f"{self.owner}: {unknown_name('kind of component', kind, (*KINDS, *PARTS))}")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED.get(kind, ()):
             raise PluginError(f"{self.owner}: {name!r} cannot name a {kind} (lower case letters, digits, _; no 'auto')")
         other = self._components.get((kind, name))
@@ -88,7 +95,18 @@ class Registry:
         component = self._components.get((kind, name))
         if component is None:
             raise ConfigError(unknown_name(kind, name, self.names(kind), self.notes()))
-        return component
+        return self._with_parts(component)
+
+    def _with_parts(self, component: Component) -> Component:
+        """The component, its options offering whatever parts are registered by now."""
+        parts = tuple((part, tuple(self.names(part))) for part in PARTS if part in component.settings.model_fields)
+        if not any(names for _, names in parts):
+            return component
+        key = component.settings, parts
+        if key not in self._offering:
+            found = {part: [self._components[part, name] for name in names] for part, names in parts}
+            self._offering[key] = _offering(component.settings, found)
+        return replace(component, settings=self._offering[key])
 
     def notes(self) -> list[str]:
         """What an error about a missing name should add: the plugins that failed or were kept out."""
@@ -101,7 +119,9 @@ class Registry:
 
     def components(self) -> list[Component]:
         """Everything registered, by kind, then name."""
-        return sorted(self._components.values(), key=lambda c: (KINDS.index(c.kind), c.name))
+        kinds = (*KINDS, *PARTS)
+        components = sorted(self._components.values(), key=lambda c: (kinds.index(c.kind), c.name))
+        return [self._with_parts(component) for component in components]
 
     def add_scheduler(self, name: str, target: str | Callable[..., Any], settings: type[Settings] = Settings) -> None:
         """Register a `Scheduler` class."""
@@ -111,6 +131,26 @@ class Registry:
         """Register a `CacheAllocator` class."""
         self.add("cache", name, target, settings)
 
+    def add_eviction(self, name: str, target: str | Callable[..., Any]) -> None:
+        """Register an `EvictionPolicy` class: a choice of every cache with an option called `eviction`."""
+        self.add("eviction", name, target)
+
     def add_attention(self, name: str, target: str, settings: type[Settings] = Settings, doc: str = "") -> None:
         """Register an `AttentionBackend` as "module:class", so that listing it does not import torch."""
         self.add("attention", name, target, settings, doc)
+
+
+def _offering(settings: type[Settings], parts: Mapping[str, Sequence[Component]]) -> type[Settings]:
+    """`settings` whose options called like a part take the names of these components; its `parts` makes them."""
+    literal: Any = Literal
+    fields: dict[str, Any] = {
+        part: (literal[tuple(one.name for one in components)], copy(settings.model_fields[part]))
+        for part, components in parts.items()
+    }
+    offering = create_model(settings.__name__, __base__=settings, __module__=settings.__module__, **fields)
+    offering.parts = {part: {one.name: partial(_make, one) for one in components} for part, components in parts.items()}
+    return offering
+
+
+def _make(component: Component) -> Any:
+    return component.load()()

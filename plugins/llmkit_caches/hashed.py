@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from llmkit import Request
-from llmkit_caches.eviction import EvictionPolicy
+from llmkit import EvictionPolicy, Request
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
 HashFunction = Callable[[int, tuple[int, ...]], int]

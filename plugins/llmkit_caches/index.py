@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
-from llmkit import Request
-from llmkit_caches.eviction import EvictionPolicy
+from llmkit import EvictionPolicy, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +21,7 @@ class CachedBlock:
     """One block of tokens behind others, and the blocks of the pool that hold its KV.
 
     There are several while requests use copies that they computed side by side, none once it is evicted. It is idle
-    while nobody uses it. `ticket` is its place in the queue for eviction, 0 if it has none. For the rest see `Cached`.
+    while nobody uses it. `ticket` is its place in the queue for eviction, 0 if it has none. The rest is `Evictable`.
     """
 
     blocks: list[int] = field(default_factory=list, kw_only=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from llmkit import CacheSpec
 from llmkit import Settings as AnySettings
-from llmkit_caches.eviction import POLICIES
+from llmkit_caches.eviction import EvictionSettings
 from llmkit_caches.hashed import HashIndex, chained_hash
 from llmkit_caches.sharing import SharingCache
 
 
-class PagedSettings(AnySettings):
+class PagedSettings(EvictionSettings):
     """Options of the paged cache."""
 
     prefix: bool = Field(True, description="reuse the KV of equal beginnings, within a tenant")
-    eviction: Literal["lru", "lfu", "fifo"] = Field("lru", description="which unused cached block makes room first")
 
 
 class PagedCache(SharingCache):
@@ -27,5 +26,5 @@ class PagedCache(SharingCache):
     hash_function = staticmethod(chained_hash)
 
     def __init__(self, settings: PagedSettings, spec: CacheSpec) -> None:
-        index = HashIndex(spec.block_size, POLICIES[settings.eviction](), self.hash_function)
+        index = HashIndex(spec.block_size, settings.policy(), self.hash_function)
         super().__init__(settings, spec, index, settings.prefix)

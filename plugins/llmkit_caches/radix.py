@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar
 
 from llmkit import CacheSpec
 from llmkit import Settings as AnySettings
-from llmkit_caches.eviction import POLICIES
+from llmkit_caches.eviction import EvictionSettings
 from llmkit_caches.radix_tree import RadixIndex
 from llmkit_caches.sharing import SharingCache
 
 
-class RadixSettings(AnySettings):
+class RadixSettings(EvictionSettings):
     """Options of the radix cache."""
-
-    eviction: Literal["lru", "lfu", "fifo"] = Field("lru", description="which unused cached block makes room first")
 
 
 class RadixCache(SharingCache):
@@ -25,4 +21,4 @@ class RadixCache(SharingCache):
     Settings: ClassVar[type[AnySettings]] = RadixSettings
 
     def __init__(self, settings: RadixSettings, spec: CacheSpec) -> None:
-        super().__init__(settings, spec, RadixIndex(spec.block_size, POLICIES[settings.eviction]()))
+        super().__init__(settings, spec, RadixIndex(spec.block_size, settings.policy()))

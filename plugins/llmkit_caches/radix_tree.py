@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmkit import Request
-from llmkit_caches.eviction import EvictionPolicy
+from llmkit import EvictionPolicy, Request
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
 

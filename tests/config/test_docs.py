@@ -67,9 +67,11 @@ def test_errors_are_quoted_as_they_are(workdir: Path) -> None:
 def test_code_of_the_plugin_page_runs() -> None:
     namespace: dict[str, object] = {"__name__": "page"}
     found = blocks(WRITING, "python")
-    assert len(found) == 4
+    assert len(found) == 5
     for block in found:
         exec(block, namespace)
     registry, _ = load_plugins([type("Page", (), {"llmkit_register": staticmethod(namespace["llmkit_register"])})()])
     assert registry.get("scheduler", "shortest_first").doc == "The shortest prompt is admitted first."
     load_plugins([namespace["CountReasons"]()])  # type: ignore[operator]
+    registry, _ = load_plugins([namespace["Policies"]()])  # type: ignore[operator]
+    assert "mru" in registry.names("eviction")
