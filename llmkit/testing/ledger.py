@@ -32,6 +32,9 @@ class Ledger:
         most = 0 if request.sampling_params.prompt_logprobs is not None else num_tokens - 1
         assert 0 <= num_cached <= most, f"match says {num_cached} of {num_tokens} tokens are cached, at most {most} may"
         assert (self.cache.stats(), self.cache.census()) == before, "match changed the cache"
+        assert self.cache.reuses_prefixes or not num_cached, (
+            f"match says {num_cached}, but nothing is said to be reused"
+        )
         return num_cached
 
     def allocate(self, request: Request, upto: int) -> bool:

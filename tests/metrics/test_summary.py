@@ -13,6 +13,7 @@ from llmkit.metrics.device_time import host_seconds
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.metrics.records import RequestRecord, StepRecord
 from llmkit.metrics.summary import GoodputLimits, distribution, summarise
+from llmkit.report.summary_table import overview
 
 
 def request(name: str, arrival: float, token_times: list[float], reason: str = "length") -> RequestRecord:
@@ -127,6 +128,8 @@ def test_recompute_tax_and_prefix_hits() -> None:
     result = summarise(recorded([*records, never_ran], steps))
     assert result["recompute_tax"] == pytest.approx(4 / 40)
     assert result["prefix_hit_rate"] == pytest.approx(5 / 20)
+    assert (result["prefix_hit_tokens"], result["prefix_queried_tokens"]) == (5, 20)
+    assert dict(overview(result))["prefix hits"] == "25.0 % of 20 prompt tokens"
 
 
 def test_a_deadline_is_met_by_the_last_token_of_a_completed_request() -> None:

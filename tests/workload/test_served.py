@@ -203,3 +203,14 @@ def test_sampling_of_the_context_is_used(tmp_path: Path) -> None:
     params = SamplingParams(temperature=0.7, top_k=5)
     outcome, _ = run(make("batch", **SMALL), tmp_path, sampling=params)
     assert outcome.result["sampling"] == {"temperature": 0.7, "top_k": 5}
+
+
+def test_prefix_hits_are_counted(tmp_path: Path) -> None:
+    """Eight requests share ten tokens, two of four blocks; each comes when the one before it is done."""
+    options = {"num_requests": 8, "prompt_len": 3, "max_tokens": 2, "prefix_groups": 1, "prefix_len": 10}
+    outcome, text = run(make("poisson", rate=0.01, **options), tmp_path)
+    result = outcome.result
+    assert (result["prefix_hit_tokens"], result["prefix_queried_tokens"]) == (7 * 8, 8 * 13)
+    assert result["prefix_hit_rate"] == 56 / 104 and "53.8 % of 104 prompt tokens" in text
+    steps = lines(tmp_path / "steps.jsonl")
+    assert steps[-1]["num_cached_blocks"] > steps[0]["num_cached_blocks"]
