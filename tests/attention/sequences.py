@@ -117,6 +117,7 @@ class Sequences:
         query, key, value = self.draw(layer, sum(lens))
         out = self.backend.forward(layer, query, key, value)
         assert out.shape == query.shape and out.dtype is self.dtype and out.is_contiguous()
+        assert out.isfinite().all()  # a NaN is no larger than any error
         error = 0.0
         splits = (tensor.split(lens) for tensor in (query, key, value, out))
         for (name, _), q, k, v, got in zip(rows, *splits, strict=True):
