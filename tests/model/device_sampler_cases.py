@@ -77,18 +77,25 @@ def test_chooses_what_the_cpu_chooses(vocab_size: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "dtype"),
-    [(7, torch.float32), (97, torch.bfloat16), (1000, torch.float32), (1000, torch.float16), (20000, torch.bfloat16)],
+    ("vocab_size", "dtype", "step"),
+    [
+        (7, torch.float32, 0.0),
+        (97, torch.bfloat16, 0.25),
+        (1000, torch.float32, 0.0),
+        (1000, torch.float16, 0.25),
+        (20000, torch.bfloat16, 0.0),
+    ],
 )
-def test_filters_keep_what_they_keep_on_the_cpu(vocab_size: int, dtype: torch.dtype) -> None:
-    """In bfloat16 most logits have equals, which all filters may cut through."""
+def test_filters_keep_what_they_keep_on_the_cpu(vocab_size: int, dtype: torch.dtype, step: float) -> None:
+    """Steps between close logits make many equals, which all filters may cut through."""
     generator = torch.Generator().manual_seed(vocab_size)
     combinations = itertools.product((0, 1, 40), (1.0, 0.9, 0.3), (0.0, 0.2))
     params = [
         SamplingParams(temperature=(0.6, 1.5, 1.0, 0.8)[index % 4], top_k=top_k, top_p=top_p, min_p=min_p)
         for index, (top_k, top_p, min_p) in enumerate(combinations)
     ]
-    logits = (torch.randn(len(params), vocab_size, generator=generator) * 3).to(dtype)
+    logits = torch.randn(len(params), vocab_size, generator=generator)
+    logits = ((logits / 2 / step).round() * step if step else logits * 3).to(dtype)
     logits[:, ::5] = -torch.inf
     positions = [3 + 17 * slot % 29 for slot in range(len(params))]
     made = DeviceSampler(vocab_size, len(params), DEVICE)

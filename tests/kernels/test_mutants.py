@@ -1,0 +1,144 @@
+"""The cases of the kernels bite: with each of these seeded bugs they fail in the interpreter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.running import INTERPRETED, ROOT, run_cases
+
+FLASH, MODEL, SAMPLING = "plugins/llmkit_attention/flash", "llmkit/model", "llmkit/model/sampling"
+ATTENTION, LAYERS = "tests/attention/flash_cases.py", "tests/model/layer_kernel_cases.py"
+SAMPLER = "tests/model/device_sampler_cases.py"
+WINDOWS = "shared_kv_heads_and_windows and 2-40"
+BUGS = {
+    "a query sees the next key": (
+        f"{FLASH}/prefill.py",
+        "keys[None, :] <= position",
+        "keys[None, :] <= 1 + position",
+        ATTENTION,
+        WINDOWS,
+    ),
+    "the window of a prompt is one too wide": (
+        f"{FLASH}/prefill.py",
+        "- window\n",
+        "- window - 1\n",
+        ATTENTION,
+        WINDOWS,
+    ),
+    "the window of a decode is one too wide": (
+        f"{FLASH}/decode.py",
+        "length - window,",
+        "length - window - 1,",
+        ATTENTION,
+        WINDOWS,
+    ),
+    "keys behind a row's end are seen": (
+        f"{FLASH}/decode.py",
+        "seen = offset <= ((now >> 2) & 63)",
+        "seen = offset <= 63",
+        ATTENTION,
+        WINDOWS,
+    ),
+    "parts of a row are weighed alike": (
+        f"{FLASH}/decode.py",
+        "tl.exp2(logs - base[None, :])",
+        "tl.where(held, 1.0, 0.0)",
+        ATTENTION,
+        "long_rows and None",
+    ),
+    "softcap is forgotten": (
+        f"{FLASH}/tiles.py",
+        "if SOFTCAP:",
+        "if SOFTCAP and softcap > 1e9:",
+        ATTENTION,
+        "softcap and 0.7",
+    ),
+    "the sum of a norm is not the one stored": (
+        f"{MODEL}/layer_kernels.py",
+        "tl.sum(value * value, 0) / width",
+        "tl.sum(value * value, 0) / BLOCK",
+        LAYERS,
+        "add_rms_norm",
+    ),
+    "the rotation has the other partner's sign": (
+        f"{MODEL}/layer_kernels.py",
+        "x * cosine + y * sine",
+        "x * cosine - y * sine",
+        LAYERS,
+        "norm_and_rotate",
+    ),
+    "gate and up are swapped": (
+        f"{MODEL}/layer_kernels.py",
+        "gate * tl.sigmoid(gate) * up",
+        "up * tl.sigmoid(up) * gate",
+        LAYERS,
+        "silu",
+    ),
+    "blocks are weighed by their own maximum": (
+        f"{SAMPLING}/device_draw.py",
+        "mass = mass * weights_of(tops_of_row, top, temperature)",
+        "mass = mass * 1.0",
+        SAMPLER,
+        "cpu_chooses",
+    ),
+    "both draws share a number": (
+        f"{SAMPLING}/device_draw.py",
+        "2 * position + 2",
+        "2 * position + 1",
+        SAMPLER,
+        "cpu_chooses",
+    ),
+    "greedy takes the highest of equals": (
+        f"{SAMPLING}/device_draw.py",
+        "tl.min(tl.where(is_top, index, SIZE - 1), 0)",
+        "tl.max(tl.where(is_top, index, 0), 0)",
+        SAMPLER,
+        "lowest_of_equals",
+    ),
+    "a broken row is not told": (
+        f"{SAMPLING}/device_draw.py",
+        'tl.where((total > 0.0) & (total < float("inf")), total, float("nan"))',
+        "1.0 + 0 * tl.minimum(total, 0.0)",
+        SAMPLER,
+        "broken",
+    ),
+    "top-k keeps a few too many": (
+        f"{SAMPLING}/device_nucleus.py",
+        "top_k.to(tl.float64)",
+        "(top_k + 9).to(tl.float64)",
+        SAMPLER,
+        "filters and 97",
+    ),
+    "top-p keeps whole ties": (
+        f"{SAMPLING}/device_nucleus.py",
+        "kept = reached - _number(reached - wanted, equals, weight) * weight",
+        "kept = reached",
+        SAMPLER,
+        "filters and 97",
+    ),
+    "min-p is forgotten": (
+        f"{SAMPLING}/device_nucleus.py",
+        "kept = tl.minimum(kept, likely)",
+        "kept = tl.minimum(kept, likely * 1e9)",
+        SAMPLER,
+        "filters and 97",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.mutant
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_of_kernels_are_found(bug: str, tmp_path: Path) -> None:
+    file, right, wrong, cases, select = BUGS[bug]
+    for folder in ("llmkit", "plugins", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = (tmp_path / file).read_text()
+    assert right in source, f"{file} has no {right!r} any more"
+    (tmp_path / file).write_text(source.replace(right, wrong))
+    with pytest.raises(AssertionError, match=r"\d+ failed"):
+        run_cases(cases, select=select, environment=INTERPRETED, project=tmp_path)
