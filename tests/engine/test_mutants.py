@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,9 @@ from llmkit.engine.inputs import InputBuilder, slots_and_starts
 from llmkit.engine.planner import Planner
 from llmkit.engine.residency import Residency
 from llmkit.engine.steady import is_decoding
-from llmkit.testing import check_cache
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import draw_world
 from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
 from tests.nightly.faults import Cell, run_cell
@@ -135,7 +138,10 @@ def quiet() -> Iterator[None]:
 def test_bugs_of_packing_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, INPUTS[bug])
     with pytest.raises(AssertionError, match="seed"):
-        check_cache(PagedCache, seeds=range(60))
+        for seed in range(60):
+            world = replace(draw_world(seed), packs=True)
+            scheduler = build_scheduler(Continuous, world.scheduler_options, {})
+            Walk(world, scheduler, build_cache(PagedCache, world.spec, {}), depth=seed % 3).run()
 
 
 @pytest.mark.mutant

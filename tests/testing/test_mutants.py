@@ -15,7 +15,7 @@ from llmkit.engine.progress import Progress
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
 from llmkit.engine.steady import SteadyDecode
-from llmkit.testing import check_cache, check_scheduler
+from llmkit.testing import ReferenceCache, check_cache, check_scheduler
 from llmkit.testing.caches import audit
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.hashed import HashIndex
@@ -189,7 +189,7 @@ def test_bugs_of_the_core_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -
 def test_bugs_of_a_scheduler_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, BATCHING[bug])
     with pytest.raises(AssertionError, match="seed"):
-        check_scheduler(ContinuousBatching, seeds=range(60))
+        check_scheduler(ContinuousBatching, caches=[ReferenceCache], seeds=range(60))
 
 
 @pytest.mark.mutant
