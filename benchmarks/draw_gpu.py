@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent / "results" / "h200"
 MODELS = {"qwen3_0_6b": "Qwen3-0.6B", "llama_8b": "Llama-3.1-8B"}
 ENGINES = {"llmkit": BLUE, "vLLM": ORANGE, "nano-vllm": GREEN}
 KERNELS = {"llmkit": BLUE, "FlashAttention-3": ORANGE, "cuDNN": GREEN}
-MARKERS = {1: "o", 64: "s", 256: "D"}
+MARKERS = {1: "o", 8: "^", 64: "s", 256: "D"}
 HEAD_DIM, BF16 = 128, 2
 LATENCIES = (5, 10, 20)
 """Microseconds a layer whose curves are drawn."""
@@ -177,10 +177,11 @@ def _roofline(axis: Any, measured: list[dict[str, Any]], bandwidth: float) -> No
         colour, is_filled = KERNELS[each["engine"]], each["heads"] == "32/8"
         share = each["bytes"] / (each["us"] * 1e-6) / bandwidth
         axis.plot(
-            each["bytes"] / 1e6, share, MARKERS.get(each["rows"], "^"), markersize=8, markeredgecolor=colour,
+            each["bytes"] / 1e6, share, MARKERS.get(each["rows"], "v"), markersize=8, markeredgecolor=colour,
             markeredgewidth=1.6, markerfacecolor=colour if is_filled else "white", linestyle="none", zorder=3,
         )  # fmt: skip
-    shapes = [_marker(marker, f"{rows} row{'s' if rows > 1 else ''}") for rows, marker in MARKERS.items()]
+    present = {rows: marker for rows, marker in MARKERS.items() if any(each["rows"] == rows for each in measured)}
+    shapes = [_marker(marker, f"{rows} row{'s' if rows > 1 else ''}") for rows, marker in present.items()]
     shapes += [_marker("o", "32/8 heads", GREY), _marker("o", "16/8 heads")]
     axis.legend(handles=shapes, loc="lower right", frameon=False, fontsize=9)
     axis.set(xscale="log", xlim=(left, right), ylim=(0, 1.15))
