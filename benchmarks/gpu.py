@@ -17,6 +17,8 @@ import torch
 import transformers
 
 from llmkit import LLM, SamplingParams
+from llmkit.metrics.recorder import MetricsRecorder
+from llmkit.metrics.summary import summarise
 from llmkit.workload.named import WORKLOADS
 
 
@@ -33,14 +35,27 @@ def timed(llm: LLM, workload: str) -> tuple[float, int, int]:
 
 
 def measure(llm: LLM, workload: str, runs: int) -> str:
-    """A table row: the median of `runs` after one that is not counted."""
+    """A table row: the median of `runs` after one that is not counted, and what one more shows of host and device."""
     timed(llm, workload)
     results = [timed(llm, workload) for _ in range(runs)]
     seconds = statistics.median(seconds for seconds, _, _ in results)
     spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
     _, num_in, num_out = results[0]
-    rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f}"
-    return f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {spread:.1%} |"
+    rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
+    return f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
+
+
+def observed(llm: LLM, workload: str) -> str:
+    """Host time per step in us, and the share of a run in which the device had no step to work on."""
+    recorder, now = MetricsRecorder(), llm.engine.clock.now
+    llm.plugin_manager.register(recorder)
+    recorder.start(now())
+    timed(llm, workload)
+    recorder.stop(now())
+    llm.plugin_manager.unregister(recorder)
+    result = summarise(recorder, device=llm.model.device.type)
+    idle = "-" if result["gpu_idle"] is None else f"{result['gpu_idle']:.1%}"
+    return f"{result['host_us_per_step']:.0f} | {idle}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
         f"max_model_len {options.max_model_len}; median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
         "",
-        "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread | host us/step | device idle |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for workload in options.workloads:
         lines.append(measure(llm, workload, options.runs))
