@@ -101,12 +101,18 @@ class WalkMachine(RuleBasedStateMachine):
         reach = EngineLimits(2, spec.num_slots, frozenset({1}))
         self.begin(World(-1, spec, limits, [], reach, packs=packs, looks_every=looks_every))
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 12), ignore_eos=st.booleans(), priority=st.integers(0, 2))
-    def add(self, prompt: list[int], max_tokens: int, ignore_eos: bool, priority: int) -> None:
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 12),
+        ignore_eos=st.booleans(),
+        priority=st.integers(0, 2),
+        num_more=st.integers(0, 2),
+    )
+    def add(self, prompt: list[int], max_tokens: int, ignore_eos: bool, priority: int, num_more: int) -> None:
         name, now = str(self.num_requests), self.walk.clock.now()
         self.num_requests += 1
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-        self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority))
+        self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority), num_more)
 
     @precondition(lambda self: self.walk.engine.has_unfinished)
     @rule(num_steps=st.integers(1, 4))

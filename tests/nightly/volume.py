@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from llmkit import load_plugins
+from llmkit import Registry, load_plugins
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.coverage import Coverage
@@ -40,8 +40,7 @@ class Pair:
 
     def load(self) -> tuple[type[Scheduler], type[CacheAllocator]]:
         """Their classes."""
-        registry, _ = load_plugins()
-        return registry.get("scheduler", self.scheduler).load(), registry.get("cache", self.cache).load()
+        return known().get("scheduler", self.scheduler).load(), known().get("cache", self.cache).load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,15 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
+@cache
+def known() -> Registry:
+    """What is registered."""
+    return load_plugins()[0]
+
+
 def all_pairs() -> list[Pair]:
     """Every registered scheduler with every registered cache."""
-    registry, _ = load_plugins()
-    return [Pair(one, other) for one in registry.names("scheduler") for other in registry.names("cache")]
+    return [Pair(one, other) for one in known().names("scheduler") for other in known().names("cache")]
 
 
 def run_pair(job: tuple[Pair, Budget]) -> Tally:
@@ -102,7 +106,8 @@ def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocat
 
 def cache_options(cache: type[CacheAllocator], number: int) -> dict[str, Any]:
     """Options a cache may have, in turn: every eviction, and now and then no reuse at all."""
-    turns = {"eviction": ("lru", "lfu", "fifo")[number % 3], "prefix": number % 7 > 0}
+    evictions = known().names("eviction")
+    turns = {"eviction": evictions[number % len(evictions)], "prefix": number % 7 > 0}
     return {name: value for name, value in turns.items() if name in cache.Settings.model_fields}
 
 
