@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llmkit.engine.planner import Planner
-from llmkit.interfaces.cache import CacheSpec
+from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import RequestQueue, Scheduler, SchedulingStep
 from llmkit.testing.invariants import check_planner
 from llmkit.types import Request, SamplingParams, StepPlan
@@ -33,12 +33,19 @@ class Scripted(Scheduler):
 class Rig:
     """A planner over a small paged pool; `in_flight` holds the plans not landed, and everything is checked always.
 
-    Nothing is reused unless `prefix` says so.
+    Nothing is reused unless `prefix` says so, or another `cache` is given.
     """
 
-    def __init__(self, num_blocks: int = 8, block_size: int = 4, prefix: bool = False, **limits: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 8,
+        block_size: int = 4,
+        prefix: bool = False,
+        cache: CacheAllocator | None = None,
+        **limits: int,
+    ) -> None:
         self.scheduler = Scripted(Scripted.Settings(**limits))
-        self.allocator = PagedCache(PagedSettings(prefix=prefix), CacheSpec(num_blocks, block_size))
+        self.allocator = cache or PagedCache(PagedSettings(prefix=prefix), CacheSpec(num_blocks, block_size))
         self.planner = Planner(self.scheduler, self.allocator)
         self.in_flight: list[StepPlan] = []
         self.rejected: dict[Request, str] = {}
