@@ -32,9 +32,10 @@ class Containment:
 
     def keep(self, fault: BaseException) -> None:
         """The caller shall hear of `fault`, of the first if there are several, when the step has been taken in."""
-        if self._kept is not None:
-            log.error("a second fault in one step: %s", one_line(self._kept), exc_info=self._kept)
-        self._kept = self._kept or fault
+        if self._kept is None:
+            self._kept = fault
+        else:
+            log.error("a second fault in one step: %s", one_line(fault), exc_info=fault)
 
     def release(self) -> None:
         """Raise what was kept."""
