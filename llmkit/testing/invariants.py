@@ -22,8 +22,8 @@ def check_planner(planner: Planner, in_flight: Sequence[StepPlan], settles: bool
     waiting = [view._request for view in (*planner._waiting, *held)]
     running = [view._request for view in planner._running]
     ids = [request.request_id for request in waiting + running]
-    assert len(ids) == len(set(ids)), f"a request stands in the queues twice: {ids}"
-    assert set(ids) == planner.requests.keys(), f"queues hold {sorted(ids)}, live are {sorted(planner.requests)}"
+    is_right = len(ids) == len(planner.requests) and planner.requests.keys() == set(ids)
+    assert is_right, f"queues hold {sorted(ids)}, live are {sorted(planner.requests)}"
     if settles:
         planner.allocator.check()
         for request in waiting:

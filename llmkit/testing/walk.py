@@ -27,6 +27,9 @@ from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams, StepPlan
 
 
+STEP = Event(0, Rule.STEP)
+
+
 class _Preempting(Scheduler):
     """Takes one request out and grants nothing: pressure that no scheduler has chosen."""
 
@@ -80,7 +83,7 @@ class Walk:
             while events and events[0].at <= self.clock.now():
                 self.apply(events.popleft())
             if self.engine.has_unfinished:
-                self.apply(Event(0, Rule.STEP))
+                self.apply(STEP)
         self.finish()
         return self.coverage
 
