@@ -26,7 +26,6 @@ from llmkit.testing.tags import tags_of
 from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams, StepPlan
 
-
 STEP = Event(0, Rule.STEP)
 
 
