@@ -239,8 +239,9 @@ def test_reuse_without_eviction_does_not_pile_up_anything(kind: type[SharingCach
     assert len(cache._index._roots) == 1, "nothing is kept of a tenant without blocks"
 
 
-@pytest.mark.parametrize("cache", [EightBits, Constant])
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "fifo"])
+@pytest.mark.parametrize(
+    ("cache", "eviction"), [(EightBits, "lru"), (Constant, "lru"), (Constant, "lfu"), (Constant, "fifo")]
+)
 def test_colliding_hashes_are_harmless(cache: type[PagedCache], eviction: str) -> None:
     coverage = check_cache(cache, options={"eviction": eviction}, seeds=range(12, 15))
     same = check_cache(PagedCache, options={"eviction": eviction}, seeds=range(12, 15))

@@ -8,10 +8,11 @@ import torch
 from llmkit.llm import LLM
 from llmkit.types import SamplingParams
 from tests.equality.exact import ReallyFloat64
-from tests.equality.runs import BLOCK_SIZE, GREEDY, Tap, prompts, reference
+from tests.equality.runs import BLOCK_SIZE, GREEDY, ROOMY, Tap, prompts, reference
 from tests.equality.zoo import tiny_model
 
 (STEM,) = prompts((6 * BLOCK_SIZE,))
+EVICTING = 14
 ENDS = prompts((3, 2, 7, 1))
 WAVES = [
     [STEM],
@@ -20,10 +21,17 @@ WAVES = [
 ]
 
 
-@pytest.mark.parametrize("cache", ["paged", "radix"])
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-@pytest.mark.parametrize("num_blocks", [48, 14], ids=["roomy", "evicting"])
+@pytest.mark.parametrize(
+    ("name", "cache", "depth", "num_blocks"),
+    [
+        ("llama", "paged", 0, ROOMY),
+        ("llama", "paged", 1, EVICTING),
+        ("llama", "radix", 0, EVICTING),
+        ("llama", "radix", 1, ROOMY),
+        ("gemma2", "paged", 1, ROOMY),
+        ("gemma2", "radix", 0, EVICTING),
+    ],
+)
 def test_repeated_prompts_give_the_tokens_of_transformers(name: str, depth: int, num_blocks: int, cache: str) -> None:
     model = tiny_model(name)
     plain = model.as_transformers()
@@ -40,7 +48,7 @@ def test_repeated_prompts_give_the_tokens_of_transformers(name: str, depth: int,
                 number += 1
         llm.engine.planner.allocator.check()
         num_cached.append([output.metrics.num_cached_tokens for output in outputs])
-    if num_blocks == 48:
+    if num_blocks == ROOMY:
         assert num_cached == [[0], [25, 30, 30, 15], [30, 20, 25, 0]]
     assert sum(map(sum, num_cached)) >= 60
 
@@ -65,8 +73,7 @@ def test_sampling_and_log_probabilities_do_not_depend_on_what_is_cached() -> Non
                 assert torch.isclose(torch.tensor(one.logprob), torch.tensor(other.logprob), atol=1e-5)
 
 
-@pytest.mark.parametrize("cache", ["paged", "radix"])
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(("cache", "depth"), [("paged", 0), ("paged", 1), ("radix", 1)])
 def test_samples_of_one_prompt_share_its_blocks_and_get_the_tokens_they_would_get_alone(cache: str, depth: int) -> None:
     model = tiny_model("llama")
     params = SamplingParams(n=4, max_tokens=8, temperature=1.0, seed=5, ignore_eos=True)
