@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from tests.nightly.volume import Budget, Tally
 
@@ -51,7 +52,7 @@ def write_page(
         "## Failures",
         "\n".join(f"- {failure}" for failure in failures) or "None.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part if part[0] in "#|-" else fill(part, 120, break_on_hyphens=False) for part in parts) + "\n"
 
 
 def _totals(tallies: Sequence[Tally], budget: Budget) -> str:
@@ -81,5 +82,5 @@ def _table(tallies: Sequence[Tally]) -> str:
 def _suite(suite: Suite | None, what: str, verb: str) -> str:
     if suite is None:
         return "Not part of this run."
-    names = "".join(f"\n- {name}" for name in suite.failed)
-    return f"{suite.num_run} {what}; {len(suite.failed)} {verb}.{names}"
+    named = f": {'; '.join(suite.failed)}" if suite.failed else ""
+    return f"{suite.num_run} {what}; {len(suite.failed)} {verb}{named}."
