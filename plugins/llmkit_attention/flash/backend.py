@@ -66,6 +66,7 @@ class FlashAttention(AttentionBackend):
         workspace = Workspace(layers, self.device)
         launches = {spec: Launch(spec, block_size, workspace) for spec in dict.fromkeys(layers)}
         self._launches = [launches[spec] for spec in layers]
+        self._seen = [launch.pool(pool) for launch, pool in zip(self._launches, self._pools, strict=True)]
         self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
 
     def capturable(self, batch: AttentionBatch) -> bool:
@@ -93,15 +94,15 @@ class FlashAttention(AttentionBackend):
         return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
 
     def slots(self, layer: int) -> KeyValueSlots:
-        keys, values = self._pools[layer]
-        return KeyValueSlots(keys, values, self._step.batch.slot_mapping)
+        pool = self._seen[layer]
+        return KeyValueSlots(pool.keys, pool.values, self._step.batch.slot_mapping)
 
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._launches[layer].write(key, value, self.slots(layer))
         return self.attend(layer, query)
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        pool, launch, step = self._pools[layer], self._launches[layer], self._step
+        pool, launch, step = self._seen[layer], self._launches[layer], self._step
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if step.tiles is not None:
             launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)

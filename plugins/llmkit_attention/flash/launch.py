@@ -44,6 +44,17 @@ class TileList:
     arrivals: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A layer's keys and values [num_blocks, num_kv_heads, block_size, head_dim], and both as `Launch.pool` sees them:
+    rows of which a kernel takes a tile by one bulk copy, or the tensors themselves where it cannot."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_tiles: TensorDescriptor | torch.Tensor
+    value_tiles: TensorDescriptor | torch.Tensor
+
+
 class Workspace:
     """Parts of rows before they are combined, float32, shared by all layers and never reallocated."""
 
@@ -76,8 +87,19 @@ class Launch:
         self.group = spec.num_heads // spec.num_kv_heads
         self.dim_pad = power_of_two(spec.head_dim)
         self.tile = 64 if self.dim_pad <= 128 else 32
+        self.bulk = block_size >= self.tile and spec.head_dim == self.dim_pad
         self.overlaps = can_overlap(workspace.device)
         self.tiling = (self.tile, spec.window, spec.num_kv_heads)
+
+    def pool(self, pool: torch.Tensor) -> Pool:
+        """`pool` [2, num_blocks, num_kv_heads, block_size, head_dim] in the form that the other methods take."""
+        keys, values = pool
+        return Pool(keys, values, self._tiles(keys), self._tiles(values))
+
+    def _tiles(self, part: torch.Tensor) -> TensorDescriptor | torch.Tensor:
+        if not self.bulk:
+            return part
+        return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: KeyValueSlots) -> None:
         """Store `key` and `value` [N, num_kv_heads, head_dim] in their slots."""
@@ -107,12 +129,12 @@ class Launch:
         return TileList(owners, codes, listed, ends, arrivals)
 
     def decode(
-        self, query: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, tiles: TileList, batch: AttentionBatch
+        self, query: torch.Tensor, pool: Pool, out: torch.Tensor, tiles: TileList, batch: AttentionBatch
     ) -> None:
         """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`; other rows are left alone."""
         spec, workspace, shares = self.spec, self.workspace, self.workspace.shares(self.spec)
         attend_one[(shares, spec.num_kv_heads)](
-            query, pool[0], pool[1], out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.owners,
+            query, pool.keys, pool.values, out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.owners,
             tiles.codes, tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
             spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
             TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
@@ -123,7 +145,7 @@ class Launch:
     def prefill(
         self,
         query: torch.Tensor,
-        pool: torch.Tensor,
+        pool: Pool,
         out: torch.Tensor,
         tiles: torch.Tensor,
         queries: int,
@@ -131,18 +153,13 @@ class Launch:
     ) -> None:
         """Fill `out` [N, num_heads, head_dim] for the `tiles` int32 [T, 2] of `queries` new tokens each."""
         spec = self.spec
-        bulk = self.block_size >= self.tile and spec.head_dim == self.dim_pad
-        keys, values = (self._tiles(part) if bulk else part for part in pool)
         attend_many[(spec.num_heads, len(tiles))](
-            query, pool[0], pool[1], keys, values, out, tiles, *self._rows(batch), *query.stride(), *self._logits(),
+            query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, tiles, *self._rows(batch),
+            *query.stride(), *self._logits(),
             HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
             QUERIES=queries, DIM_PAD=self.dim_pad, WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
-            BULK=bulk, num_warps=QUERY_WARPS, num_stages=QUERY_STAGES,
+            BULK=self.bulk, num_warps=QUERY_WARPS, num_stages=QUERY_STAGES,
         )  # fmt: skip
-
-    def _tiles(self, part: torch.Tensor) -> TensorDescriptor:
-        """A pool as rows of keys or values, of which the kernel takes a tile at a time."""
-        return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
 
     def _rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         return batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0)
