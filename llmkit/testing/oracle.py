@@ -118,7 +118,10 @@ class OracleExecutor:
 
     def _check(self, row: ScheduledRequest) -> int:
         """What a row says agrees with what its slot holds; the slot."""
-        stay, end, name = self.slots[row.slot], row.start + row.num_tokens, row.request_id
+        end, name = row.start + row.num_tokens, row.request_id
+        assert row.slot in self.slots, f"{name!r} runs in slot {row.slot}, which nobody has entered"
+        assert end <= self.max_model_len, f"{name!r} runs to {end}, beyond {self.max_model_len}"
+        stay = self.slots[row.slot]
         assert stay.request_id == name, f"slot {row.slot} is not the slot of {name!r}"
         assert row.num_tokens > 0, f"slot {row.slot}: a row of {row.num_tokens} tokens"
         is_next = row.start == stay.next_start or stay.next_start is None

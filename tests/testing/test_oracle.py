@@ -53,6 +53,8 @@ def test_tokens_are_a_hash_of_what_is_read(packs: bool) -> None:
         (plan(row(0, 4)), "samples=True after 4 of 5 tokens"),
         (plan(row(0, 5, False)), "samples=False after 5 of 5 tokens"),
         (plan(row(0, 5, name="b")), "slot 0 is not the slot of 'b'"),
+        (plan(row(0, 5, slot=1)), "'a' runs in slot 1, which nobody has entered"),
+        (plan(row(0, 17)), "'a' runs to 17, beyond 16"),
         (plan(row(0, 0, False)), "a row of 0 tokens"),
         (plan(row(0, 4, False), row(4, 1)), "one has two rows"),
         (plan(row(0, 5), blocks=(3, 3)), "reads a wrong KV entry at position 0, block 3"),
