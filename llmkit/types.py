@@ -105,17 +105,29 @@ class BlockTableEdit(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class BlockCopies(NamedTuple):
+    """Copies between the KV pool and host memory, before the step's rows run.
+
+    First `saves`, (block of the pool, block of the host), then `restores`, (block of the host, block of the pool).
+    """
+
+    saves: tuple[tuple[int, int], ...]
+    restores: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one step runs: plain data, so that it can be recorded, replayed or sent to another process.
 
     `scheduled` is a `DecodeRows` where the rows of the step before go on, one token each, else a tuple.
+    `copies` come before everything else.
     """
 
     step_id: int
     scheduled: Sequence[ScheduledRequest]
     admissions: tuple[Admission, ...] = ()
     edits: tuple[BlockTableEdit, ...] = ()
+    copies: BlockCopies | None = None
 
     @property
     def num_tokens(self) -> int:

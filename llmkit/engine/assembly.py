@@ -17,7 +17,9 @@ from llmkit.engine.limits import EngineLimits
 from llmkit.engine.memory import choose_num_blocks
 from llmkit.engine.planner import Planner
 from llmkit.engine.settings import EngineSettings
-from llmkit.errors import ConfigError
+from llmkit.engine.swap_costs import measure_costs
+from llmkit.engine.swapping import HostPool
+from llmkit.errors import CapacityError, ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
@@ -80,7 +82,21 @@ def build_engine(
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
     allocator = cache[0](cache[1], spec)
-    return Engine(Planner(scheduler, allocator), executor, limits, clock or MonotonicClock(), hooks, depth)
+    num_tokens = min(scheduler.settings.max_num_batched_tokens, max_model_len)
+    host = _host_pool(executor, spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
+    return Engine(Planner(scheduler, allocator, host), executor, limits, clock or MonotonicClock(), hooks, depth)
+
+
+def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens: int) -> HostPool:
+    """Host memory for blocks; what using it costs is measured with prompts of `num_tokens`."""
+    backend = executor.backend
+    num_blocks = int(gib * 2**30) // backend.bytes_per_block()
+    if not num_blocks:
+        raise CapacityError(f"engine.swap_gib={gib}: one block takes {backend.bytes_per_block() / 2**20:.1f} MiB")
+    if not backend.allocate_host(num_blocks):
+        raise ConfigError(f"engine.swap_gib={gib}: attention {type(backend).__name__} copies nothing to the host")
+    costs = measure_costs(executor, num_tokens, min(num_blocks, spec.num_blocks))
+    return HostPool(num_blocks, spec.block_size, costs)
 
 
 @torch.inference_mode()

@@ -139,6 +139,8 @@ class Engine:
     def _land(self, step: _InFlight, result: StepResult) -> None:
         """Advance lengths, append tokens, check stops, tell the observers."""
         landed_at = self.clock.now()
+        if step.fault is not None:
+            self.planner.forget_saved(step.plan)
         if self.hooks is None or not self.hooks.llmkit_step_finished.get_hookimpls():
             self._take_in(step.plan, result, landed_at)
             return

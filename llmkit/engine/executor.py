@@ -15,7 +15,7 @@ from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling import Sampled, Sampler
 from llmkit.model.sampling.transfer import to_device
-from llmkit.types import Admission, StepPlan, StepResult, TokenLogprobs
+from llmkit.types import Admission, BlockCopies, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -81,6 +81,8 @@ class TorchExecutor:
         return launched
 
     def _enqueue(self, plan: StepPlan) -> _Launched:
+        if plan.copies is not None:
+            self._copy(plan.copies)
         for admission in plan.admissions:
             self._admit(admission)
         self.inputs.apply(plan)
@@ -102,6 +104,15 @@ class TorchExecutor:
         sampled = self._sample(logits[:num_sampling], packed) if num_sampling else None
         prompt_logprobs = self._prompt_logprobs(logits[num_sampling:], plan, prompt_rows)
         return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
+
+    def _copy(self, copies: BlockCopies) -> None:
+        """Blocks to and from host memory, in the same queue as the steps."""
+        for pairs, copy in (
+            (copies.saves, self.backend.save_blocks),
+            (copies.restores, self.backend.restore_blocks),
+        ):
+            if pairs:
+                copy(*zip(*pairs, strict=True))
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
         """A decode step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""

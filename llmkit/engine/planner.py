@@ -10,11 +10,13 @@ from collections.abc import Container
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
 from llmkit.engine.steady import SteadyDecode, is_at_full_length, is_decoding
+from llmkit.engine.swapping import HostPool
 from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.scheduler import RequestList, RequestQueue, RequestView, Scheduler
 from llmkit.types import (
     Admission,
+    BlockCopies,
     BlockTableEdit,
     FinishReason,
     Request,
@@ -26,9 +28,9 @@ from llmkit.types import (
 
 
 class Planner:
-    """Owns every live request, from `add` until `finish`."""
+    """Owns every live request, from `add` until `finish`. With `host` preempted ones may wait in host memory."""
 
-    def __init__(self, scheduler: Scheduler, allocator: CacheAllocator) -> None:
+    def __init__(self, scheduler: Scheduler, allocator: CacheAllocator, host: HostPool | None = None) -> None:
         self.scheduler = scheduler
         self.allocator = allocator
         self.requests: dict[str, Request] = {}
@@ -37,7 +39,8 @@ class Planner:
         self._running: list[RequestView] = []
         self._held: dict[str, list[RequestView]] = {}
         self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
-        self._residency = Residency(allocator, scheduler.settings.max_num_seqs)
+        self.host = host
+        self._residency = Residency(allocator, scheduler.settings.max_num_seqs, host)
         self.containment = self._residency.containment
         self._num_planned_steps = 0
         self._sampling: list[Request] = []
@@ -116,6 +119,8 @@ class Planner:
         num_running = len(self._running)
         if not self._sampling or not num_running or num_running > self.scheduler.settings.max_num_batched_tokens:
             return None
+        if self.host is not None and self.host.has_to_save:
+            return None
         if not self.scheduler.repeats(len(self._waiting), self._residency.num_free_slots):
             return None
         if self._steady is None:
@@ -177,7 +182,19 @@ class Planner:
             request.num_sent_blocks = request.num_blocks
         self._residency.num_scheduled_tokens += sum(step.grants.values())
         self._sampling = [view._request for view in step.grants] if all(row.samples for row in rows) else []
-        return StepPlan(step_id, tuple(rows), admissions, edits)
+        return StepPlan(step_id, tuple(rows), admissions, edits, self._copies(step_id, step, edits))
+
+    def _copies(self, step_id: int, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> BlockCopies | None:
+        """What is copied to and from host memory; who starts has been sent its whole block table."""
+        if self.host is None:
+            return None
+        tables = {edit.slot: edit.blocks for edit in edits}
+        return self.host.copies(step_id, [(view._request, tables[view._request.slot]) for view in step.admitted])
+
+    def forget_saved(self, plan: StepPlan) -> None:
+        """A step has failed as a whole: nobody can rely on what it was to save."""
+        if self.host is not None:
+            self.host.forget(plan.step_id)
 
     def lands_steadily(self, plan: StepPlan, result: StepResult) -> SteadyDecode | None:
         """Where `plan` can be landed as one of steps that repeat; None if its rows are to be looked at one by one."""
@@ -220,6 +237,8 @@ class Planner:
             self._residency.leave(request)
         else:
             next(queue for queue in (self._waiting, *self._held.values()) if view in queue).remove(view)
+            if self.host is not None:
+                self.host.drop(request)
         self._let_go(request.request_id)
         request.status, request.finish_reason, request.error = RequestStatus.FINISHED, reason, error
 

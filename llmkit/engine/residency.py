@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from llmkit.engine.containment import Containment
+from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.types import BlockTableEdit, Request
 
@@ -15,8 +16,9 @@ class Residency:
     `num_held_blocks` and `num_scheduled_tokens` (computed or in flight) are those of all requests on the device.
     """
 
-    def __init__(self, allocator: CacheAllocator, max_num_seqs: int) -> None:
+    def __init__(self, allocator: CacheAllocator, max_num_seqs: int, host: HostPool | None = None) -> None:
         self.allocator = allocator
+        self.host = host
         self.block_size = allocator.spec.block_size
         self.num_landed_steps = 0
         self.num_reclaiming_blocks = 0
@@ -61,8 +63,26 @@ class Residency:
         except BaseException as fault:
             self.containment.take(fault, "publishing KV")
 
-    def enter(self, request: Request) -> None:
-        """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free."""
+    def num_saved_tokens(self, request: Request) -> int:
+        """Leading tokens of `request` whose KV is in host memory."""
+        return 0 if self.host is None else self.host.num_tokens(request)
+
+    def save(self, request: Request) -> None:
+        """Keep in host memory what `request` has computed, if that pays. What fails here is computed again."""
+        if self.host is None or not request.num_computed_tokens:
+            return
+        try:
+            self.host.save(request, self.allocator.block_table(request))
+        except BaseException as fault:
+            self.containment.take(fault, "saving KV")
+
+    def enter(self, request: Request, num_cached_tokens: int) -> None:
+        """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free.
+
+        The KV of `num_cached_tokens` is in the pool already.
+        """
+        if self.host is not None:
+            self.host.start(request, num_cached_tokens)
         request.slot = self._free_slots.pop()
         self._num_stays += 1
         request.epoch = self._num_stays

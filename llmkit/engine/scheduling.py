@@ -77,17 +77,18 @@ class PlannedStep:
         if view in self.preempted or residency.is_pinned(request):
             return NO_BLOCKS
         num_cached = residency.allocator.match(request)
-        num_tokens = min(request.num_tokens - num_cached, max_tokens, self.num_free_tokens)
-        if not residency.reserve(request, num_cached + num_tokens):
+        num_ready = max(num_cached, residency.num_saved_tokens(request))
+        num_tokens = min(request.num_tokens - num_ready, max_tokens, self.num_free_tokens)
+        if not residency.reserve(request, num_ready + num_tokens):
             stats = residency.allocator.stats()
             return NO_BLOCKS if stats.num_used_blocks else NEVER_FITS
-        residency.enter(request)
+        residency.enter(request, num_cached)
         request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = num_cached
-        residency.num_scheduled_tokens += num_cached
+        request.num_computed_tokens = num_ready
+        residency.num_scheduled_tokens += num_ready
         if not request.num_preemptions:
             request.num_cached_tokens = num_cached
-        request.num_recomputed_tokens += max(0, request.num_lost_tokens - num_cached)
+        request.num_recomputed_tokens += max(0, request.num_lost_tokens - num_ready)
         request.num_lost_tokens = 0
         self.admitted.append(view)
         self.grants[view] = num_tokens
@@ -102,7 +103,9 @@ class PlannedStep:
             return 0
         self.num_free_tokens += self.grants.pop(view, 0)
         if view in self.admitted:
-            self.admitted.remove(view)
+            self.admitted.remove(view)  # nothing has run since: what is kept in host memory stands
+        else:
+            self._residency.save(request)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         num_lost = request.num_computed_tokens + request.num_in_flight_tokens

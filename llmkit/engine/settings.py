@@ -23,6 +23,9 @@ class EngineSettings(Settings):
     max_model_len: int | None = Field(None, ge=1, le=1 << 22, description="longest sequence; null: the model's own")
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of GPU memory llmkit may use")
     cpu_cache_gib: float = Field(1.0, gt=0.0, le=4096.0, description="KV cache on CPU, GiB, if num_blocks is null")
+    swap_gib: float = Field(
+        0.0, ge=0.0, le=4096.0, description="host memory, GiB, where preempted requests may wait instead of recomputing"
+    )
     depth: Literal["auto", 0, 1] = Field("auto", description="steps in flight while planning; auto: 1 on CUDA, else 0")
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of requests that bring none, and of random weights")
     fused: bool = Field(True, description="fused projections and norms where the model allows")

@@ -6,6 +6,7 @@ Importing this module does not import torch, so that backends can be listed and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -102,6 +103,25 @@ class AttentionBackend(ABC):
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
         """Create the KV pool, zeroed. Called once, before the first `plan`."""
+
+    def allocate_host(self, num_blocks: int) -> bool:
+        """Create host memory for `num_blocks` blocks; called at most once, after `allocate`.
+
+        False, the default, if this backend cannot copy blocks to the host and back.
+        """
+        return False
+
+    def save_blocks(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy the KV of `blocks` over all layers to `host_blocks`, behind everything planned so far.
+
+        Neither this nor `restore_blocks` need wait for the copy: whoever reads or writes those blocks comes behind it
+        in the device's queue.
+        """
+        raise NotImplementedError(f"{type(self).__name__} copies nothing to the host")
+
+    def restore_blocks(self, host_blocks: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy what was saved to `host_blocks` back, to `blocks`, before the next step."""
+        raise NotImplementedError(f"{type(self).__name__} copies nothing to the host")
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> None:

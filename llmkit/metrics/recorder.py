@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmkit.hookspecs import RequestEvent, StepEvent, hookimpl
 from llmkit.metrics.records import RequestRecord, StepRecord
+from llmkit.types import BlockCopies
 
 
 class MetricsRecorder:
@@ -88,6 +89,7 @@ class MetricsRecorder:
 
     def _take_step(self, event: StepEvent, idle: float) -> None:
         num_recomputed = self._take_rows(event)
+        copies = event.plan.copies or BlockCopies((), ())
         self._steps.append(
             StepRecord(
                 event.plan.step_id,
@@ -109,6 +111,8 @@ class MetricsRecorder:
                 event.num_unwritten_slots,
                 event.sent_at,
                 event.device_seconds,
+                len(copies.saves),
+                len(copies.restores),
             )
         )
 

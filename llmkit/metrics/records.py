@@ -89,3 +89,5 @@ class StepRecord:
     num_unwritten_slots: int
     sent_at: float
     device_seconds: float | None = None
+    num_saved_blocks: int = 0
+    num_restored_blocks: int = 0

@@ -142,6 +142,8 @@ def engine_numbers(
         "tokens_per_step": num_computed / len(steps) if steps else None,
         "max_concurrent_requests": max((step.num_running for step in steps), default=0),
         "recompute_tax": _share(sum(step.num_recomputed_tokens for step in steps), num_computed),
+        "num_saved_blocks": sum(step.num_saved_blocks for step in steps),
+        "num_restored_blocks": sum(step.num_restored_blocks for step in steps),
         "kv_utilisation": _weighted_share([s.num_used_blocks for s in steps], num_blocks, steps),
         "kv_waste": _weighted_share(
             [s.num_unwritten_slots for s in steps], [s.num_reserved_slots for s in steps], steps

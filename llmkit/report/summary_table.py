@@ -57,6 +57,7 @@ def overview(result: Mapping[str, Any]) -> Rows:
         ("steps", f"{number(result['num_steps'])}, {number(result['tokens_per_step'], 'tokens each')}"),
         ("most requests at once", number(result["max_concurrent_requests"])),
         ("preemptions", f"{result['num_preemptions']}, recompute tax {percent(result['recompute_tax'])}"),
+        *swap_row(result),
         ("KV cache", f"{percent(result['kv_utilisation'])} in use, {percent(result['kv_waste'])} of it not written"),
         (
             "prefix hits",
@@ -67,6 +68,12 @@ def overview(result: Mapping[str, Any]) -> Rows:
     if result["gpu_idle"] is not None:
         rows.append(("GPU idle", f"at least {percent(result['gpu_idle'])}"))
     return rows
+
+
+def swap_row(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Blocks copied to the host and back, if any were."""
+    num_saved, num_restored = result.get("num_saved_blocks", 0), result.get("num_restored_blocks", 0)
+    return [("swapped", f"{num_saved} blocks out, {num_restored} back")] if num_saved else []
 
 
 def tenants_ttft(result: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ class Coverage:
     num_refusals: int = 0
     num_cached_tokens: int = 0
     num_late: int = 0
+    num_saved_blocks: int = 0
+    num_restored_blocks: int = 0
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -56,6 +56,7 @@ class FakeExecutor:
     history: deque[StepPlan] = field(default_factory=lambda: deque(maxlen=6))
     slots: dict[int, _Slot] = field(default_factory=dict)
     _kv: dict[int, list[int]] = field(default_factory=dict)
+    _host: dict[int, list[int]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> _Pending:
         """Run `plan` at once; AssertionError if it reads an entry that was never written or belongs to another."""
@@ -67,6 +68,11 @@ class FakeExecutor:
             table = self.slots[slot].table
             assert start <= len(table), f"slot {slot}: its table has {len(table)} blocks, an edit starts at {start}"
             table[start:] = blocks
+        if plan.copies is not None:
+            for block, host_block in plan.copies.saves:
+                self._host[host_block] = list(self._kv.get(block, ()))
+            for host_block, block in plan.copies.restores:
+                self._kv[block] = list(self._host[host_block])
         named: dict[int, tuple[_Slot, int]] = {}
         for request_id, slot, start, num_tokens, _, _ in plan.scheduled:
             assert slot not in named, f"slot {slot} has two rows in one step"

@@ -28,6 +28,8 @@ def check_planner(planner: Planner, in_flight: Sequence[StepPlan], settles: bool
         planner.allocator.check()
         for request in waiting:
             _check_waiting(request)
+        if planner.host is not None:
+            planner.host.check(waiting)
         planner.settle()
         _check_counts(planner, running, in_flight)
     _check_residency(planner._residency, running)

@@ -96,10 +96,11 @@ class WalkMachine(RuleBasedStateMachine):
         """One rule, then every check."""
         self.walk.apply(Event(0, rule, request_id, request, number))
 
-    @initialize(spec=SPECS, limits=LIMITS, packs=st.booleans(), looks_every=st.integers(1, 4))
-    def make(self, spec: CacheSpec, limits: dict[str, int], packs: bool, looks_every: int) -> None:
+    @initialize(spec=SPECS, limits=LIMITS, packs=st.booleans(), looks_every=st.integers(1, 4), host=st.integers(0, 9))
+    def make(self, spec: CacheSpec, limits: dict[str, int], packs: bool, looks_every: int, host: int) -> None:
         reach = EngineLimits(2, spec.num_slots, frozenset({1}))
-        self.begin(World(-1, spec, limits, [], reach, packs=packs, looks_every=looks_every))
+        world = World(-1, spec, limits, [], reach, packs=packs, looks_every=looks_every, num_host_blocks=host)
+        self.begin(world)
 
     @rule(
         prompt=PROMPTS,

@@ -14,7 +14,7 @@ from itertools import chain, islice
 
 from llmkit.engine.inputs import InputBuilder
 from llmkit.testing.tags import Tag, extend, sample, tags_of
-from llmkit.types import ScheduledRequest, StepPlan, StepResult
+from llmkit.types import BlockCopies, ScheduledRequest, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -81,7 +81,10 @@ class OracleExecutor:
     in_flight: deque[_Pending] = field(default_factory=deque)
     slots: dict[int, _Stay] = field(default_factory=dict)
     inputs: InputBuilder = field(init=False)
+    num_saved_blocks: int = 0
+    num_restored_blocks: int = 0
     _kv: defaultdict[int, list[Tag | None]] = field(init=False)
+    _host: dict[int, list[Tag | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kv = defaultdict(lambda: [None] * self.block_size)
@@ -97,6 +100,8 @@ class OracleExecutor:
             stay = self.slots[slot]
             assert start <= stay.num_blocks, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
             stay.num_blocks = start + len(blocks)
+        if plan.copies is not None:
+            self._copy(plan.copies)
         self.inputs.apply(plan)
         slots = [self._check(scheduled) for scheduled in plan.scheduled]
         assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
@@ -110,6 +115,21 @@ class OracleExecutor:
         pending = _Pending(self, self.num_steps, rows, StepResult(plan.step_id, tokens, errors=errors))
         self.in_flight.append(pending)
         return pending
+
+    def _copy(self, copies: BlockCopies) -> None:
+        """What was saved must be there to be restored, and nobody in flight may read where it goes."""
+        for block, host_block in copies.saves:
+            self._host[host_block] = list(self._kv[block])
+        for host_block, block in copies.restores:
+            self._kv[block] = list(self._host[host_block])
+        self.num_saved_blocks += len(copies.saves)
+        self.num_restored_blocks += len(copies.restores)
+        written = {block for _, block in copies.restores}
+        assert len(written) == len(copies.restores), f"a block is restored twice: {copies.restores}"
+        for pending in self.in_flight:
+            for other in pending.rows:
+                both = written.intersection(other.table)
+                assert not both, f"{both} are restored, which {other.stay.request_id!r} reads in flight"
 
     def land(self, number: int) -> None:
         """Launch `number` and those before it have landed: nobody reads their blocks any more."""

@@ -17,6 +17,7 @@ from llmkit import hookspecs
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
+from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.clock import Clock, VirtualClock
 from llmkit.interfaces.executor import Executor, PendingStep
@@ -90,6 +91,7 @@ def simulate(
     vocab_size: int = 4096,
     depth: int = 0,
     clock: Clock | None = None,
+    host: HostPool | None = None,
 ) -> SimulatedTarget:
     """An engine whose steps take `cost(plan)` seconds of a virtual clock; nothing takes time on any other `clock`."""
     clock = clock or VirtualClock()
@@ -98,5 +100,5 @@ def simulate(
     fake = FakeExecutor(cache.spec.block_size, vocab_size)
     executor: Executor = TimedExecutor(fake, clock, cost) if isinstance(clock, VirtualClock) else fake
     limits = EngineLimits(vocab_size, cache.spec.num_slots)
-    engine = Engine(Planner(scheduler, cache), executor, limits, clock, manager.hook, depth)
+    engine = Engine(Planner(scheduler, cache, host), executor, limits, clock, manager.hook, depth)
     return SimulatedTarget(engine, manager)

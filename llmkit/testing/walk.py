@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from llmkit.engine.engine import Engine
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
+from llmkit.engine.swapping import HostPool, SwapCosts
 from llmkit.errors import RequestError
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.clock import VirtualClock
@@ -27,6 +28,8 @@ from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams, StepPlan
 
 STEP = Event(0, Rule.STEP)
+SWAP_COSTS = SwapCosts(seconds_per_token=1.0, seconds_per_swap=2.5, seconds_per_block=0.1)
+"""Under these only requests of three and more tokens are worth keeping in host memory."""
 
 
 class _Preempting(Scheduler):
@@ -69,7 +72,10 @@ class Walk:
             world.faults,
             world.packs,
         )
-        self.engine = Engine(Planner(self.scheduler, self.cache), self.executor, limits, self.clock, depth=self.depth)
+        num_host_blocks, block_size = world.num_host_blocks, world.spec.block_size
+        host = HostPool(num_host_blocks, block_size, SWAP_COSTS) if num_host_blocks else None
+        planner = Planner(self.scheduler, self.cache, host)
+        self.engine = Engine(planner, self.executor, limits, self.clock, depth=self.depth)
         self._expected = Expectations(limits, world.faults, isinstance(self.scheduler, Chaos), self.coverage)
         self._liveness = Liveness(self.depth, self.is_strict)
 
@@ -127,6 +133,8 @@ class Walk:
     def _finish(self) -> None:
         while self.engine.has_unfinished:
             self._step()
+        self.coverage.num_saved_blocks += self.executor.num_saved_blocks
+        self.coverage.num_restored_blocks += self.executor.num_restored_blocks
         check_empty(self.engine.planner)
         self._expected.check_none_left()
         num_slots = self.cache.spec.num_slots

@@ -47,6 +47,7 @@ class Event(NamedTuple):
 class World:
     """Everything a walk depends on except the components under test. `faults` and `packs` are for `OracleExecutor`.
 
+    A preempted request may wait in one of `num_host_blocks` of host memory, where there are any.
     Token counts are checked after every `looks_every`-th step only, since looking at them brings them up to date.
     """
 
@@ -58,6 +59,7 @@ class World:
     faults: dict[str, int] = field(default_factory=dict)
     packs: bool = True
     looks_every: int = 1
+    num_host_blocks: int = 0
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.scheduler_options.items())
@@ -165,5 +167,6 @@ def draw_world(seed: int) -> World:
         reach = random.choice((reach, reach, random.randint(2, reach)))
     limits, packs = EngineLimits(vocab_size, reach, frozenset(eos)), random.random() < 0.25
     looks_every = random.choice((1, 1, 2, 7))
+    num_host_blocks = random.choice((0, 0, random.randint(1, 2 * spec.num_blocks)))
     events.sort(key=lambda event: event.at)
-    return World(seed, spec, options, events, limits, faults, packs, looks_every)
+    return World(seed, spec, options, events, limits, faults, packs, looks_every, num_host_blocks)

@@ -7,12 +7,14 @@ values are never repeated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit_attention.host import HostBlocks
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -55,6 +57,16 @@ class SdpaAttention(AttentionBackend):
             for layer in self.requirements.layers
         ]
         self._mask_kinds = {(layer.window, layer.num_heads // layer.num_kv_heads) for layer in self.requirements.layers}
+
+    def allocate_host(self, num_blocks: int) -> bool:
+        self._host = HostBlocks(self._pools, num_blocks)
+        return True
+
+    def save_blocks(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        self._host.save(blocks, host_blocks)
+
+    def restore_blocks(self, host_blocks: Sequence[int], blocks: Sequence[int]) -> None:
+        self._host.restore(host_blocks, blocks)
 
     def plan(self, batch: AttentionBatch) -> None:
         self._slots, self._fresh_blocks = batch.slot_mapping, batch.fresh_blocks

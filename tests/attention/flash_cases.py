@@ -97,6 +97,13 @@ def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> N
     run(made, [[("long", 1100), ("short", 3)], [("long", 1), ("short", 1)], [("short", 1), ("new", 1), ("long", 1)]])
 
 
+def test_sequences_go_on_after_waiting_on_the_host() -> None:
+    made = sequences([layer(2), layer(4, 32, window=9)], num_blocks=48)
+    run(made, STEPS[:3])
+    made.swap("a", "b")
+    run(made, STEPS[3:])
+
+
 @pytest.mark.parametrize("longest", [10, 600])
 def test_rows_of_length_zero_touch_nothing(longest: int) -> None:
     made = sequences([layer(2)], block_size=64)

@@ -71,6 +71,23 @@ class Sequences:
         self._free += self.stored.pop(name).blocks
         self._random.shuffle(self._free)
 
+    def swap(self, *names: str) -> None:
+        """Sequences wait on the host, in blocks of any order, while others write where they were; then they go on."""
+        assert self.backend.allocate_host(self.num_blocks)
+        blocks = [block for name in names for block in self.stored[name].blocks]
+        host_blocks = self._random.sample(range(self.num_blocks), len(blocks) // 2)
+        host_blocks += [block for block in range(self.num_blocks) if block not in host_blocks][: -(-len(blocks) // 2)]
+        self.backend.save_blocks(blocks, host_blocks)
+        self._free += blocks
+        self._spill()
+        self._random.shuffle(self._free)
+        for name in names:
+            num = len(self.stored[name].blocks)
+            self.stored[name].blocks = [self._free.pop() for _ in range(num)]
+        now = [block for name in names for block in self.stored[name].blocks]
+        assert now != blocks
+        self.backend.restore_blocks(host_blocks, now)
+
     def step(self, rows: Rows, slack: int = 0) -> float:
         """Run a step in every layer; the largest absolute error. Host lengths are `slack` above the exact ones."""
         for name, num_new in rows:
@@ -135,13 +152,13 @@ class Sequences:
             sequence.blocks.append(self._free.pop())
 
     def _spill(self) -> None:
-        """Write garbage into every slot, by sequences of one block that end at once."""
-        rows = [(f"garbage {n}", self.requirements.block_size) for n in range(self.num_blocks)]
+        """Write garbage into every free slot, by sequences of one block that end at once."""
+        rows = [(f"garbage {n}", self.requirements.block_size) for n in range(len(self._free))]
         for name, num_tokens in rows:
             self._grow(name, num_tokens)
         self.backend.plan(self.batch(rows))
         for layer in range(len(self.requirements.layers)):
-            query, key, value = self.draw(layer, self.num_blocks * self.requirements.block_size)
+            query, key, value = self.draw(layer, len(rows) * self.requirements.block_size)
             self.backend.forward(layer, query, GARBAGE * key, GARBAGE * value)
         for name, _ in rows:
             self.free(name)

@@ -180,6 +180,13 @@ def test_no_operator_of_a_decode_step_runs_once_a_row(softcap: float | None) -> 
     assert counts[0] == counts[1] > 0
 
 
+def test_sequences_go_on_after_waiting_on_the_host() -> None:
+    sequences = Sequences(SdpaAttention, MANY)
+    run(sequences, STEPS[:3])
+    sequences.swap("a", "b")
+    run(sequences, STEPS[3:])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_bytes_per_block_is_what_allocate_takes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     requirements = AttentionRequirements("cpu", str(dtype).removeprefix("torch."), 5, tuple(MANY))

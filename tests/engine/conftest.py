@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llmkit.engine.planner import Planner
+from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import RequestQueue, Scheduler, SchedulingStep
 from llmkit.testing.invariants import check_planner
@@ -42,11 +43,12 @@ class Rig:
         block_size: int = 4,
         prefix: bool = False,
         cache: CacheAllocator | None = None,
+        host: HostPool | None = None,
         **limits: int,
     ) -> None:
         self.scheduler = Scripted(Scripted.Settings(**limits))
         self.allocator = cache or PagedCache(PagedSettings(prefix=prefix), CacheSpec(num_blocks, block_size))
-        self.planner = Planner(self.scheduler, self.allocator)
+        self.planner = Planner(self.scheduler, self.allocator, host)
         self.in_flight: list[StepPlan] = []
         self.rejected: dict[Request, str] = {}
 

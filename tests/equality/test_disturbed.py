@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmkit import LLM, Registry, Request, RequestQueue, SchedulingStep, hookimpl
+from llmkit.engine.swapping import SwapCosts
 from tests.equality.real_shapes import greedy, loaded, prompts, unexplained
 from tests.equality.runs import installed
 from tests.tiny_llm import check_nothing_left, tiny
@@ -42,12 +43,21 @@ class Plugin:
         registry.add_scheduler("preempting", Preempting)
 
 
-def build(device: str, depth: int) -> LLM:
-    """On a CPU tiny and exact, on a GPU with graphs and real head dimensions."""
+def build(device: str, depth: int, swaps: bool = False) -> LLM:
+    """On a CPU tiny and exact, on a GPU with graphs and real head dimensions.
+
+    With `swaps` preempted requests always wait in host memory, and nothing is found in the cache.
+    """
     model = tiny() if device == "cpu" else loaded("qwen3", device)
     scheduler = {"name": "preempting", "max_num_seqs": 3, "max_chunk_tokens": 30, "max_num_batched_tokens": 64}
-    attention = "sdpa" if device == "cpu" else "flash"
-    return LLM(model, scheduler, attention=attention, depth=depth, block_size=16, num_blocks=40, plugins=[Plugin()])
+    options: dict[str, Any] = {"depth": depth, "block_size": 16, "num_blocks": 40, "plugins": [Plugin()]}
+    if swaps:
+        options |= {"cache": {"name": "paged", "prefix": False}, "swap_gib": 0.1}
+    llm = LLM(model, scheduler, attention="sdpa" if device == "cpu" else "flash", **options)
+    if swaps:
+        assert llm.engine.planner.host is not None
+        llm.engine.planner.host.costs = SwapCosts(1.0, 0.0, 0.0)
+    return llm
 
 
 def run(llm: LLM, disturb: Callable[[int, list[Request]], None], max_steps: int = MAX_STEPS) -> list[Request]:
@@ -80,13 +90,14 @@ def assert_alike(device: str, wanted: list[Request], got: list[Request]) -> None
             assert not unexplained("qwen3", device, prompt, one.output_token_ids, other.output_token_ids)
 
 
+@pytest.mark.parametrize("swaps", [False, True], ids=["recomputing", "swapping"])
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_preempting_everybody_at_every_step(device: str, depth: int) -> None:
-    llm = build(device, depth)
+def test_preempting_everybody_at_every_step(device: str, depth: int, swaps: bool) -> None:
+    llm = build(device, depth, swaps)
     scheduler: Any = llm.engine.planner.scheduler
     wanted = run(llm, lambda step, requests: None, NUM_STEPS)
-    num_preemptions = 0
+    num_preemptions = num_recomputed = 0
     for at in range(NUM_STEPS):
 
         def tell(step: int, requests: list[Request], at: int = at) -> None:
@@ -95,7 +106,9 @@ def test_preempting_everybody_at_every_step(device: str, depth: int) -> None:
         got = run(llm, tell)
         assert_alike(device, wanted, got)
         num_preemptions += sum(request.num_preemptions for request in got)
+        num_recomputed += sum(request.num_recomputed_tokens for request in got)
     assert num_preemptions > NUM_STEPS
+    assert bool(num_recomputed) == (not swaps or depth > 0), "swapping loses what is in flight, and nothing else"
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -6,6 +6,7 @@ a block is one contiguous tile. The kernels load no slot behind a row's keys, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
 from llmkit_attention.flash.limits import reasons_against
+from llmkit_attention.host import HostBlocks
 
 if TYPE_CHECKING:
     from llmkit_attention.flash.launch import Launch, TileList
@@ -68,6 +70,16 @@ class FlashAttention(AttentionBackend):
         self._launches = [launches[spec] for spec in layers]
         self._seen = [launch.pool(pool) for launch, pool in zip(self._launches, self._pools, strict=True)]
         self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
+
+    def allocate_host(self, num_blocks: int) -> bool:
+        self._host = HostBlocks(self._pools, num_blocks)
+        return True
+
+    def save_blocks(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        self._host.save(blocks, host_blocks)
+
+    def restore_blocks(self, host_blocks: Sequence[int], blocks: Sequence[int]) -> None:
+        self._host.restore(host_blocks, blocks)
 
     def capturable(self, batch: AttentionBatch) -> bool:
         return self.device.type == "cuda" and batch.max_query_len == 1
