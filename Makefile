@@ -4,7 +4,8 @@
 #   make test     the whole default test suite
 #   make check    lint, format, types, import contracts, line caps
 #   make bench    pytest-benchmark suites, measured
-#   make nightly  random walks, state machines, fault cells, mutants and slow tests at length; writes docs/reliability.md
+#   make nightly  every architecture (writes docs/models.md); random walks, state machines, fault cells, mutants and slow
+#                 tests at length (writes docs/reliability.md)
 #   make clean    remove .venv, caches and what runs have written
 #
 # Settings, as in `make test PYTHON=python3.12`:
@@ -44,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
 
 nightly: $(READY)
+	$(BIN)/python -m tests.nightly.architectures
 	$(BIN)/python -m tests.nightly.run $(ARGS)
 
 install: $(READY)

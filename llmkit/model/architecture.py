@@ -25,7 +25,7 @@ AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
 IGNORED_OPTIONS = frozenset(
     {"attention_mask", "scaling", "sliding_window", "softcap", "dropout", "position_ids", "use_cache", "is_causal"}
     | {"output_attentions", "output_hidden_states", "output_router_logits", "cache_position", "return_dict"}
-    | {"past_key_values", "cache", "position_embeddings", "training"}
+    | {"past_key_values", "cache", "position_embeddings", "training", "logits_to_keep"}
 )
 """Options of an attention call that change nothing here, or that `LayerSpec` carries."""
 

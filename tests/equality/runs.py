@@ -72,9 +72,13 @@ def reference(model: Any, prompt: list[int], max_tokens: int = MAX_TOKENS) -> Re
 
 @dataclass
 class Tap:
-    """Stands between executor and network, and keeps plans and the logits that tokens were sampled from."""
+    """Stands between executor and network, and keeps plans and the logits that tokens were sampled from.
+
+    `error`: by how much they differ from the reference, if that was looked at.
+    """
 
     llm: LLM
+    error: float = 0.0
     plans: list[StepPlan] = field(default_factory=list)
     logits: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.equality.arrangements import UNLIMITED, run
 from tests.equality.covering import pairwise
 from tests.equality.runs import BLOCK_SIZE, installed
-from tests.equality.test_matrix import UNLIMITED, case_id, run
+from tests.equality.test_matrix import case_id
 from tests.equality.zoo import ZOO
 
 FACTORS: dict[str, list[Any]] = {

@@ -6,6 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmkit.model.loading import LoadedModel, load_model
 from llmkit.model.spec import ModelSpec
@@ -87,10 +89,88 @@ ZOO: dict[str, dict[str, Any]] = {
 """Config fields by the name of the case. Phimoe tells its window only to the mask."""
 
 
+SMALL: dict[str, Any] = {
+    **SHAPE,
+    **GPT2,
+    **EXPERTS,
+    "sliding_window": WINDOW,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 24,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": SHAPE["vocab_size"],
+    "global_head_dim": 8,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    "dff": 48,
+    "rotary_dim": 4,
+    "is_decoder": True,
+    "pad_token_id": 0,
+}
+"""What a config is asked for, if it has such a field."""
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "fuyu": {"text_config": {**SHAPE, "model_type": "persimmon"}},
+    "gemma3": {
+        "text_config": {**ZOO["gemma3_text"]},
+        "vision_config": {**IMAGES, "model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+    },
+    "got_ocr2": {
+        "text_config": {**SHAPE, "model_type": "qwen2"},
+        "vision_config": {**IMAGES, "mlp_dim": 16, "output_channels": 16, "window_size": 2, "global_attn_indexes": [0]},
+    },
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "reformer": {"axial_pos_embds": False},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What some configs want besides, or in another way."""
+AS_IT_COMES = {"zamba2"}
+"""Configs that fit together only whole."""
+TOO_LARGE = {"emu3", "gemma4"}
+"""Even the smallest vision towers of these take gigabytes."""
+
+
+def every_name() -> list[str]:
+    """Cases of `ZOO`, and every causal LM that transformers has, sorted."""
+    return sorted({*ZOO, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+
+
+def small_config(name: str) -> dict[str, Any]:
+    """Fields for a small model of a type: `SMALL` as far as its config has them, and each kind of layer it has."""
+    try:
+        known = AutoConfig.for_model(name).to_dict()
+    except Exception:  # not even its defaults make a config; llmkit is to say so
+        known = {}
+    fields = {} if name in AS_IT_COMES else {field: setting for field, setting in SMALL.items() if field in known}
+    kinds = list(dict.fromkeys(known.get("layer_types") or ()))
+    if fields and len(kinds) > 1:
+        fields["layer_types"] = [kinds[index % len(kinds)] for index in range(SHAPE["num_hidden_layers"])]
+    return {**fields, **SPECIAL.get(name, {}), "model_type": name}
+
+
 @cache
 def tiny_model(name: str, device: str = "cpu") -> LoadedModel:
-    """The model of `ZOO[name]` in float64; its weights are noised once and never change."""
-    return noised(load_model(ModelSpec(name, config=ZOO[name]), torch.float64, torch.device(device)))
+    """The model of `ZOO[name]`, or a small one of that type, in float64; its weights are noised once and never change.
+
+    Raises ModelError if llmkit cannot run it.
+    """
+    config = ZOO[name] if name in ZOO else small_config(name)
+    return noised(load_model(ModelSpec(name, config=config), torch.float64, torch.device(device)))
 
 
 def noised(model: LoadedModel, seed: int = 0) -> LoadedModel:

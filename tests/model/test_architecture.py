@@ -130,6 +130,11 @@ def test_parameters_are_counted() -> None:
     assert model.architecture.num_parameters == sum(parameter.numel() for parameter in model.module.parameters())
 
 
+def test_options_that_only_travel_through_attention_do_not_matter() -> None:
+    found = inspect_architecture(config("got_ocr2", text_config={"model_type": "qwen2", **SMALL}))
+    assert len(found.layers) == 2
+
+
 def test_layers_are_what_the_config_says() -> None:
     found = inspect_architecture(config("llama", **SMALL, num_key_value_heads=2, max_position_embeddings=96))
     assert list(found.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]

@@ -61,7 +61,7 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else "")
 
 
-def _without_page(arguments: Sequence[str]) -> list[str]:
+def without_page(arguments: Sequence[str]) -> list[str]:
     """Options that say what was done, not where it was written."""
     at = arguments.index("--page") if "--page" in arguments else len(arguments)
     return [*arguments[:at], *arguments[at + 2 :]]
@@ -85,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tallies = run_pairs(budget, options.workers)
     mutants = None if options.no_mutants else run_suite("mutant")
     slow = None if options.no_slow else run_suite("slow and not cuda")
-    command = " ".join(
-        ["python -m tests.nightly.run", *_without_page(sys.argv[1:] if arguments is None else arguments)]
-    )
+    command = " ".join(["python -m tests.nightly.run", *without_page(sys.argv[1:] if arguments is None else arguments)])
     where = Circumstances(before, platform.python_version(), command, time.perf_counter() - started)
     options.page.write_text(write_page(tallies, budget, mutants, slow, where), encoding="utf-8")
     print(f"written: {options.page.name}")
