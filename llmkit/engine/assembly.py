@@ -93,6 +93,9 @@ def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens:
     num_blocks = int(gib * 2**30) // backend.bytes_per_block()
     if not num_blocks:
         raise CapacityError(f"engine.swap_gib={gib}: one block takes {backend.bytes_per_block() / 2**20:.1f} MiB")
+    free = free_bytes(torch.device("cpu"), 1.0)
+    if num_blocks * backend.bytes_per_block() > free:
+        raise CapacityError(f"engine.swap_gib={gib}: {free / 2**30:.2f} GiB of host memory are free")
     if not backend.allocate_host(num_blocks):
         raise ConfigError(f"engine.swap_gib={gib}: attention {type(backend).__name__} copies nothing to the host")
     costs = measure_costs(executor, num_tokens, min(num_blocks, spec.num_blocks))

@@ -26,7 +26,9 @@ def measure_costs(executor: TorchExecutor, num_tokens: int, num_blocks: int) -> 
     row = ScheduledRequest("", 0, 0, num_tokens, False, 0)
     admission = Admission(0, "", (0,) * num_tokens, num_tokens, SamplingParams(), 0)
     plan = StepPlan(0, (row,), (admission,), (BlockTableEdit(0, 0, blocks),))
+    timer, executor.timer = executor.timer, None  # it counts steps of requests only
     per_token = _seconds(lambda: executor.launch(plan).wait(), device) / num_tokens
+    executor.timer = timer
     few, many = ([*range(num)] for num in (1, min(num_blocks, MAX_BLOCKS)))
     one = _seconds(lambda: _there_and_back(executor, few), device)
     per_block = max(0.0, _seconds(lambda: _there_and_back(executor, many), device) - one) / max(1, len(many) - 1)

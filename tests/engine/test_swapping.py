@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from llmkit import LLM, CapacityError, ConfigError
+from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.engine import Engine
+from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
+from llmkit.engine.swap_costs import measure_costs
 from llmkit.engine.swapping import HostPool, SwapCosts
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.metrics.recorder import MetricsRecorder
@@ -212,9 +215,19 @@ def test_costs_are_measured_when_the_engine_is_built() -> None:
     check_nothing_left(llm)
 
 
+def test_measuring_leaves_no_trace_in_the_time_of_steps() -> None:
+    executor = LLM(tiny(), block_size=4, num_blocks=16, swap_gib=0.001).engine.executor
+    assert isinstance(executor, TorchExecutor)
+    executor.timer = DeviceTimer([].pop)
+    measure_costs(executor, num_tokens=8, num_blocks=1)
+    assert not executor.timer._running and not executor.timer._spare
+
+
 def test_what_cannot_be_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError, match=r"engine\.swap_gib=1e-09: one block takes .* MiB"):
         LLM(tiny(), block_size=4, num_blocks=16, swap_gib=1e-9)
+    with pytest.raises(CapacityError, match=r"engine\.swap_gib=4096\.0: .* GiB of host memory are free"):
+        LLM(tiny(), block_size=4, num_blocks=16, swap_gib=4096)
     monkeypatch.setattr(SdpaAttention, "allocate_host", lambda self, num_blocks: False)
     with pytest.raises(ConfigError, match=r"engine\.swap_gib=1\.0: attention SdpaAttention copies nothing to the host"):
         LLM(tiny(), block_size=4, num_blocks=16, swap_gib=1.0)

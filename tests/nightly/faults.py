@@ -17,6 +17,7 @@ from llmkit import hookspecs
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
+from llmkit.engine.swapping import HostPool, SwapCosts
 from llmkit.errors import PluginError
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import VirtualClock
@@ -166,14 +167,17 @@ class SlotlessOracle(OracleExecutor):
     """Like its base, but its methods can be replaced one by one."""
 
 
-def build_engine(scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int) -> Engine:
-    """An engine whose pool is too small for all its requests at once."""
+def build_engine(
+    scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int, num_host_blocks: int = 0
+) -> Engine:
+    """An engine whose pool is too small for all its requests at once; preempted ones wait on the host if they can."""
     spec = CacheSpec(40, 4)
     drawn = {"max_num_seqs": 12, "max_num_batched_tokens": 40, "max_chunk_tokens": 6}
     built, allocator = build_scheduler(scheduler, drawn, {}), build_cache(cache, spec, {})
     limits = EngineLimits(50, spec.num_slots, frozenset({7}))
     executor = SlotlessOracle(spec.block_size, built.settings.max_num_seqs, limits.max_model_len, limits.vocab_size)
-    return Engine(Planner(built, allocator), executor, limits, VirtualClock(), depth=depth)
+    host = HostPool(num_host_blocks, spec.block_size, SwapCosts(1.0, 0.0, 0.0)) if num_host_blocks else None
+    return Engine(Planner(built, allocator, host), executor, limits, VirtualClock(), depth=depth)
 
 
 def draw_requests(seed: int) -> list[Request]:
@@ -191,7 +195,8 @@ def draw_requests(seed: int) -> list[Request]:
 
 def run_cell(cell: Cell, scheduler: type[Scheduler], cache: type[CacheAllocator]) -> bool:
     """Whether the call came at all; AssertionError if the fault was not contained."""
-    engine, trap = build_engine(scheduler, cache, cell.depth), Trap(cell)
+    num_host_blocks = 0 if cell.seed % 2 else 25
+    engine, trap = build_engine(scheduler, cache, cell.depth, num_host_blocks), Trap(cell)
     requests = draw_requests(cell.seed)
     reach = engine.limits.vocab_size, engine.limits.eos_token_ids, engine.limits.max_model_len
     wanted = {request.request_id: continuation(request, *reach) for request in requests}
