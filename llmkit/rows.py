@@ -11,8 +11,8 @@ class ScheduledRequest(NamedTuple):
     """One row of a step: run `num_tokens` tokens of the sequence in `slot`, from position `start`.
 
     There is no prefill or decode flag: a decode is `num_tokens == 1`. `samples` says that the row ends at the last
-    known token, so its last logits choose the next one. `epoch` numbers the request's stay in its slot; a result whose
-    epoch is no longer the request's is dropped.
+    known token (or beyond, see `Executor`), so its last logits choose the next one. `epoch` numbers the request's stay
+    in its slot; a result whose epoch is no longer the request's is dropped.
     """
 
     request_id: str

@@ -149,6 +149,8 @@ class TokenLogprobs(NamedTuple):
 class StepResult:
     """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample.
 
+    `more_token_ids`: by row, the tokens behind it where the executor found several at once (speculative decoding); see
+    `Executor`.
     `device_seconds`: how long the device worked on this step and on earlier ones not reported yet; None if unknown.
     """
 
@@ -158,6 +160,7 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     device_seconds: float | None = None
+    more_token_ids: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
