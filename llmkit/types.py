@@ -39,7 +39,8 @@ class Request:
 
     Lengths that must not be confused: `num_tokens` known to the host; `num_computed_tokens` with valid KV;
     `num_in_flight_tokens` launched but not landed; `num_pending_samples` sampled but unread (their ids are on the
-    device only). The next position to run is `num_computed_tokens + num_in_flight_tokens`.
+    device only). The next position to run is `num_computed_tokens + num_in_flight_tokens`. Of `num_blocks` entries of
+    its block table the first `num_released_blocks` are held no more.
     Times are seconds on the engine's clock.
     """
 
@@ -62,6 +63,7 @@ class Request:
     num_cached_tokens: int = 0
     num_blocks: int = 0
     num_sent_blocks: int = 0
+    num_released_blocks: int = 0
     num_preemptions: int = 0
     num_lost_tokens: int = 0
     num_recomputed_tokens: int = 0

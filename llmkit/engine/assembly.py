@@ -38,6 +38,13 @@ def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirement
     return AttentionRequirements(model.device.type, dtype, block_size, tuple(model.architecture.layers.values()))
 
 
+def window_of(requirements: AttentionRequirements) -> int | None:
+    """How many keys a query sees at most in any layer, its own included; None if a layer sees all."""
+    windows = [layer.window for layer in requirements.layers]
+    known = [window for window in windows if window is not None]
+    return max(known) if known and len(known) == len(windows) else None
+
+
 def build_backend(
     name: str, backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int | None
 ) -> AttentionBackend:
@@ -66,12 +73,12 @@ def build_engine(
             raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
         reach = settings.max_model_len
     num_blocks = _num_blocks(model, backend, settings, max_num_seqs * -(-reach // block_size))
-    spec = CacheSpec(num_blocks, block_size)
-    max_model_len = min(reach, spec.num_slots)
+    allocator = cache[0](cache[1], CacheSpec(num_blocks, block_size, window_of(backend.requirements)))
+    max_model_len = min(reach, allocator.max_num_tokens or reach)
     backend.allocate(num_blocks)
     eos, device, vocab_size = model.eos_token_ids, model.device, model.architecture.vocab_size
     network = build_network(model, backend, max_model_len, settings.fused)
-    inputs = InputBuilder(max_num_seqs, max_model_len, block_size)
+    inputs = InputBuilder(max_num_seqs, max_model_len, block_size, allocator.spec.window)
     # One slot more than there are requests: rows that only fill a decode graph up live there.
     tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=device)
     sampler = Sampler(vocab_size, max_num_seqs, device, eos)
@@ -81,9 +88,8 @@ def build_engine(
     bound_by = "the cache" if max_model_len < reach else "the model"
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
-    allocator = cache[0](cache[1], spec)
     num_tokens = min(scheduler.settings.max_num_batched_tokens, max_model_len)
-    host = _host_pool(executor, spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
+    host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
     return Engine(Planner(scheduler, allocator, host), executor, limits, clock or MonotonicClock(), hooks, depth)
 
 

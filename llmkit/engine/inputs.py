@@ -46,8 +46,9 @@ def slots_and_starts(rows: Sequence[ScheduledRequest]) -> tuple[Ints, Ints]:
 class InputBuilder:
     """Keeps the block tables of all slots and packs plans; work is proportional to the step's tokens."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, window: int | None = None) -> None:
         self.block_size = block_size
+        self.window = window
         self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     def apply(self, plan: StepPlan) -> None:
@@ -76,7 +77,7 @@ class InputBuilder:
             row_slots=slots,
             query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
             seq_lens=seq_lens,
-            block_table=self._tables(slots, seq_lens),
+            block_table=self._tables(slots, starts, seq_lens),
             token_slots=token_slots,
             positions=positions,
             slot_mapping=token_blocks * self.block_size + offsets,
@@ -86,9 +87,15 @@ class InputBuilder:
             query_lens=query_lens,
         )
 
-    def _tables(self, slots: Ints, seq_lens: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Block tables of `slots`, as wide as the longest; shorter ones go on with their first block, so that nobody
-        reads what belongs to others, not even to mask it: a masked NaN is still a NaN."""
+    def _tables(self, slots: Ints, starts: Ints, seq_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Block tables of `slots`, as wide as the longest. Shorter ones go on with the first block that they see, and
+        begin with it where no query sees anything, so that nobody reads what belongs to others, not even to mask it: a
+        masked NaN is still a NaN."""
         num_blocks = -(-seq_lens // self.block_size)
         tables = self.block_tables[slots, : num_blocks.max()]
-        return np.where(np.arange(tables.shape[1]) < num_blocks[:, None], tables, tables[:, :1])
+        columns = np.arange(tables.shape[1])
+        if self.window is None:
+            return np.where(columns < num_blocks[:, None], tables, tables[:, :1])
+        first = np.maximum(starts - self.window + 1, 0)[:, None] // self.block_size
+        own = (columns >= first) & (columns < num_blocks[:, None])
+        return np.where(own, tables, np.take_along_axis(tables, first, 1))

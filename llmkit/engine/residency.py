@@ -13,7 +13,8 @@ from llmkit.types import BlockTableEdit, Request
 class Residency:
     """Lends out slots and blocks, and takes them back only after the last step in flight that names them.
 
-    `num_held_blocks` and `num_scheduled_tokens` (computed or in flight) are those of all requests on the device.
+    `num_held_blocks` and `num_scheduled_tokens` (computed or in flight) are those of all requests on the device;
+    blocks that a request has released are full and count on both sides.
     """
 
     def __init__(self, allocator: CacheAllocator, max_num_seqs: int, host: HostPool | None = None) -> None:
@@ -49,17 +50,24 @@ class Residency:
             raise
         self.num_held_blocks += num_blocks - request.num_blocks
         request.num_blocks = num_blocks
+        request.num_released_blocks = self.allocator.num_released_blocks(request)
         return True
+
+    def num_fitting_tokens(self, request: Request, start: int) -> int:
+        """Tokens from position `start` on that fit if `request` has the pool to itself, given what it has released."""
+        spec = self.allocator.spec
+        return (request.num_released_blocks + spec.num_blocks) * spec.block_size - start
 
     def edit(self, request: Request) -> BlockTableEdit:
         """The blocks of `request` that the device does not know yet; whoever sends it counts them as sent."""
-        first = request.num_sent_blocks
+        first = max(request.num_sent_blocks, request.num_released_blocks)
         return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
 
     def publish(self, request: Request, num_computed_tokens: int) -> None:
         """KV below `num_computed_tokens` is valid. An allocator that fails to publish it harms nobody."""
         try:
             self.allocator.commit(request, num_computed_tokens)
+            request.num_released_blocks = self.allocator.num_released_blocks(request)
         except BaseException as fault:
             self.containment.take(fault, "publishing KV")
 
@@ -68,8 +76,11 @@ class Residency:
         return 0 if self.host is None else self.host.num_tokens(request)
 
     def save(self, request: Request) -> None:
-        """Keep in host memory what `request` has computed, if that pays. What fails here is computed again."""
-        if self.host is None or not request.num_computed_tokens:
+        """Keep in host memory what `request` has computed, if that pays. What fails here is computed again.
+
+        What a window has left behind is gone, and no allocator gives out the rest alone: such a request starts anew.
+        """
+        if self.host is None or not request.num_computed_tokens or request.num_released_blocks:
             return
         try:
             self.host.save(request, self.allocator.block_table(request))
@@ -89,11 +100,11 @@ class Residency:
 
     def leave(self, request: Request) -> int:
         """Take `request` off the device: its results in flight go stale. Returns the blocks free at once."""
-        num_blocks, slot = request.num_blocks, request.slot
-        self.num_held_blocks -= num_blocks
+        num_blocks, slot = request.num_blocks - request.num_released_blocks, request.slot
+        self.num_held_blocks -= request.num_blocks
         self.num_scheduled_tokens -= request.num_computed_tokens + request.num_in_flight_tokens
         request.epoch, request.slot = 0, -1
-        request.num_blocks = request.num_sent_blocks = 0
+        request.num_blocks = request.num_sent_blocks = request.num_released_blocks = 0
         request.num_computed_tokens = request.num_in_flight_tokens = request.num_pending_samples = 0
         if request.last_step_id >= self.num_landed_steps:
             self._pinned.append((request.last_step_id, request, slot))
@@ -128,7 +139,7 @@ class Residency:
         while self._pinned and self._pinned[0][0] <= step_id:
             _, request, slot = self._pinned[0]
             try:
-                num_blocks = len(self.allocator.block_table(request))
+                num_blocks = len(self.allocator.block_table(request)) - self.allocator.num_released_blocks(request)
                 self.allocator.free(request)
             except BaseException as fault:  # it is tried again before the next step is planned
                 self.containment.take(fault, "freeing blocks")

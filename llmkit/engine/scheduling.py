@@ -19,7 +19,7 @@ class PlannedStep:
 
     def __init__(self, residency: Residency, max_num_batched_tokens: int, now: float) -> None:
         self.now = now
-        self.num_free_tokens = max_num_batched_tokens
+        self.num_free_tokens = self._max_num_tokens = max_num_batched_tokens
         self.grants: dict[RequestView, int] = {}
         self.admitted: list[RequestView] = []
         self.preempted: list[RequestView] = []
@@ -41,9 +41,13 @@ class PlannedStep:
         return self._residency.num_reclaiming_blocks
 
     def num_missing_blocks(self, view: RequestView) -> int:
-        """Blocks still to be found before every known token of a request has its place."""
-        request = view._request
-        return self._residency.allocator.num_missing_blocks(request, request.num_tokens)
+        """Blocks still to be found before every known token of a request has its place, a window of them at a time."""
+        allocator, request = self._residency.allocator, view._request
+        num_missing = allocator.num_missing_blocks(request, request.num_tokens)
+        if allocator.max_num_tokens is None and allocator.spec.window is not None:
+            num_at_once = allocator.spec.window + self._max_num_tokens
+            return min(num_missing, -(-num_at_once // self._block_size) + 1)
+        return num_missing
 
     def run(self, view: RequestView, max_tokens: int) -> Grant | Denied:
         """Grant up to `max_tokens` tokens of a request, admitting it if it waits."""
@@ -60,8 +64,12 @@ class PlannedStep:
             if not num_tokens:
                 return NO_TOKENS
         upto = start + num_tokens
-        if upto > request.num_blocks * self._block_size and not self._residency.reserve(request, upto):
-            return NO_BLOCKS
+        if upto > request.num_blocks * self._block_size:
+            num_tokens = min(num_tokens, self._residency.num_fitting_tokens(request, start))
+            if num_tokens <= 0:  # what is in flight has to land before the window moves on
+                return NO_WORK
+            if not self._residency.reserve(request, start + num_tokens):
+                return NO_BLOCKS
         self.grants[view] = num_tokens
         self.num_free_tokens -= num_tokens
         return grant(num_tokens)
@@ -76,11 +84,14 @@ class PlannedStep:
             return NO_SEQS
         if view in self.preempted or residency.is_pinned(request):
             return NO_BLOCKS
-        num_cached = residency.allocator.match(request)
+        allocator = residency.allocator
+        num_cached = allocator.match(request)
         num_ready = max(num_cached, residency.num_saved_tokens(request))
-        num_tokens = min(request.num_tokens - num_ready, max_tokens, self.num_free_tokens)
+        num_fitting = residency.num_fitting_tokens(request, num_ready)
+        num_fitting += allocator.spec.num_hidden_blocks(num_cached) * self._block_size
+        num_tokens = min(request.num_tokens - num_ready, max_tokens, self.num_free_tokens, num_fitting)
         if not residency.reserve(request, num_ready + num_tokens):
-            stats = residency.allocator.stats()
+            stats = allocator.stats()
             return NO_BLOCKS if stats.num_used_blocks else NEVER_FITS
         residency.enter(request, num_cached)
         request.status = RequestStatus.RUNNING

@@ -46,9 +46,10 @@ class AttentionBatch:
     `block_table` int32 [R, max_blocks], `slot_mapping` int64 [N] (block * block_size + offset of each new key);
     `max_query_len` and `max_seq_len` are host-side upper bounds.
 
-    Entries of `block_table` behind a row's own blocks repeat its first one. `fresh_blocks` int64 [F], None for F = 0,
-    are the blocks whose first slot this step writes: what they hold behind the new keys is somebody's past and may be
-    NaN, which no mask hides (0 * NaN), so a backend that loads it clears them first.
+    Entries of `block_table` behind a row's own blocks repeat one of them, and so do those of blocks that no query of
+    the row sees in any layer; where the batch is captured in a graph the latter are anybody's. `fresh_blocks` int64
+    [F], None for F = 0, are the blocks whose first slot this step writes: what they hold behind the new keys is
+    somebody's past and may be NaN, which no mask hides (0 * NaN), so a backend that loads it clears them first.
     """
 
     query_start_loc: torch.Tensor

@@ -16,14 +16,24 @@ from llmkit.types import Request
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Size of the pool an allocator divides: `num_blocks` blocks of `block_size` tokens."""
+    """Size of the pool an allocator divides: `num_blocks` blocks of `block_size` tokens.
+
+    `window` is how many keys a query sees at most in any layer, its own included; None if a layer sees all.
+    """
 
     num_blocks: int
     block_size: int
+    window: int | None = None
 
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
+
+    def num_hidden_blocks(self, start: int) -> int:
+        """Leading blocks that no query from position `start` on sees; the block before `start` is not among them."""
+        if self.window is None:
+            return 0
+        return max(0, start - max(self.window - 1, self.block_size)) // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,11 @@ class CacheAllocator(ABC):
     """Hands out KV blocks. Only the core calls it, never a scheduler.
 
     A request's block table maps token position p to block `block_table(request)[p // block_size]`.
+
+    With `spec.window` an allocator may release blocks of a running request from the front: when a request starts behind
+    reused tokens, and when `commit` says that all queries to come stand at `num_computed_tokens` or beyond. Never more
+    than `spec.num_hidden_blocks` of that position. Steps in flight see no released block either, so it may be handed
+    out at once. Its entry in the table stays, as any number, and nobody uses it.
     """
 
     Settings: ClassVar[type[AnySettings]] = AnySettings
@@ -66,6 +81,15 @@ class CacheAllocator(ABC):
         """
         return 0
 
+    @property
+    def max_num_tokens(self) -> int | None:
+        """Length of the longest request that can run, if it runs alone; None where only a window of it is held."""
+        return self.spec.num_slots
+
+    def num_released_blocks(self, request: Request) -> int:
+        """Leading entries of `block_table(request)` whose blocks it has given back. Default: it keeps all."""
+        return 0
+
     def num_missing_blocks(self, request: Request, upto: int) -> int:
         """Blocks, of those that nobody owns, that `allocate(request, upto)` would take at least. Pure."""
         return max(0, -(-upto // self.spec.block_size) - len(self.block_table(request)))
@@ -77,7 +101,7 @@ class CacheAllocator(ABC):
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         """KV below `num_computed_tokens` is now valid and may be published for reuse. Default: nothing to do.
 
-        It is final: nobody writes there again, whatever is truncated later.
+        It is final: nobody writes there again, whatever is truncated later. No query to come stands below it.
         """
         return None
 
@@ -91,7 +115,7 @@ class CacheAllocator(ABC):
 
     @abstractmethod
     def block_table(self, request: Request) -> Sequence[int]:
-        """Block numbers of `request` in position order; empty if it holds none."""
+        """Block numbers of `request` in position order; empty if it holds none, never released ones only."""
 
     @abstractmethod
     def stats(self) -> CacheStats:

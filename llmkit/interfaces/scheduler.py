@@ -137,7 +137,7 @@ class RequestView:
     @property
     def num_blocks(self) -> int:
         """KV blocks it holds."""
-        return self._request.num_blocks
+        return self._request.num_blocks - self._request.num_released_blocks
 
     @property
     def num_preemptions(self) -> int:

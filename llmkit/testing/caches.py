@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from random import Random
 from typing import Any
 
@@ -14,7 +16,7 @@ from llmkit.testing.coverage import Coverage
 from llmkit.testing.ledger import Ledger
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
-from llmkit.testing.worlds import Draws, draw_world
+from llmkit.testing.worlds import Draws, draw_world, windowed
 from llmkit.types import Request
 
 
@@ -29,12 +31,13 @@ def check_cache(
     """Audit `cache` alone, then under an engine; AssertionError, with the seed, at the first thing that is wrong.
 
     Alone: random operations against a book of what was handed out. Under an engine: the walks of `check_scheduler`
-    with ordinary batching and with `Chaos`. `options` fix settings of the cache. Returns what the walks went through.
+    with ordinary batching and with `Chaos`. Every fourth seed comes a second time, with a window. `options` fix
+    settings of the cache. Returns what the walks went through.
     """
     coverage = Coverage()
-    for seed in seeds:
-        audit(cache, seed, options or {})
-        world = draw_world(seed)
+    for seed, has_window in chain.from_iterable(_turns(seed) for seed in seeds):
+        audit(cache, seed, options or {}, has_window=has_window)
+        world = windowed(draw_world(seed)) if has_window else draw_world(seed)
         for scheduler in schedulers:
             for depth in depths:
                 built = build_scheduler(scheduler, world.scheduler_options, {})
@@ -43,10 +46,22 @@ def check_cache(
     return coverage
 
 
-def audit(cache: type[CacheAllocator], seed: int, options: Mapping[str, Any], num_operations: int = 100) -> Ledger:
+def _turns(seed: int) -> list[tuple[int, bool]]:
+    """Each seed without a window, every fourth with one as well."""
+    return [(seed, False), (seed, True)][: 2 - (seed % 4 > 0)]
+
+
+def audit(
+    cache: type[CacheAllocator],
+    seed: int,
+    options: Mapping[str, Any],
+    num_operations: int = 100,
+    has_window: bool = False,
+) -> Ledger:
     """One random walk over an allocator alone; AssertionError, with the seed, at the first broken promise."""
     random = Random(seed)
     spec = CacheSpec(random.randint(4, 24), random.choice((1, 2, 3, 4, 8)))
+    spec = replace(spec, window=Random(seed + 1).randint(1, spec.num_slots) if has_window else None)
     ledger = Ledger(build_cache(cache, spec, options))
     draws = Draws(random, spec)
     requests = [draws.request(str(number), number, 0) for number in range(random.randint(1, 6))]

@@ -72,6 +72,7 @@ def _check_running(request: Request, planner: Planner, in_flight: list[int]) -> 
     name, block_size = request.request_id, planner.allocator.spec.block_size
     assert request.status is RequestStatus.RUNNING, f"{name} runs as {request.status}"
     table = planner.allocator.block_table(request)
+    _check_released(request, planner.allocator)
     assert len(table) == request.num_blocks, f"{name} counts {request.num_blocks} blocks, its table has {len(table)}"
     counted = [request.num_in_flight_tokens, request.num_pending_samples]
     assert counted == in_flight, f"{name} counts {counted} tokens and samples in flight, there are {in_flight}"
@@ -82,18 +83,33 @@ def _check_running(request: Request, planner: Planner, in_flight: list[int]) -> 
     assert request.num_tokens < request.max_num_tokens, f"{name} runs on at its full length {request.max_num_tokens}"
 
 
+def _check_released(request: Request, allocator: CacheAllocator) -> None:
+    """What is held starts where the window of the next query does, and is bounded by it where the allocator says so."""
+    spec, name, computed = allocator.spec, request.request_id, request.num_computed_tokens
+    num_released, num_hidden = allocator.num_released_blocks(request), spec.num_hidden_blocks(computed)
+    assert request.num_released_blocks == num_released, f"{name} counts {request.num_released_blocks} released blocks"
+    assert num_released <= num_hidden, f"{name} released {num_released} blocks at {computed}, {num_hidden} are hidden"
+    if allocator.max_num_tokens is None:
+        assert num_released == num_hidden, f"{name} released {num_released} of {num_hidden} blocks behind its window"
+
+
 def _check_residency(residency: Residency, running: list[Request]) -> None:
     pinned = [request for _, request, _ in residency._pinned]
     slots = [r.slot for r in running] + [slot for _, _, slot in residency._pinned] + residency._free_slots
     assert sorted(slots) == list(range(len(slots))), f"slots {slots}"
     _check_tables(residency.allocator, running + pinned)
-    num_awaited = sum(len(residency.allocator.block_table(request)) for request in pinned)
+    num_awaited = sum(len(_held_blocks(residency.allocator, request)) for request in pinned)
     assert residency.num_reclaiming_blocks == num_awaited, f"{residency.num_reclaiming_blocks} != {num_awaited}"
+
+
+def _held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
+    """The entries of its block table that are its own."""
+    return allocator.block_table(request)[allocator.num_released_blocks(request) :]
 
 
 def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
     """The census counts every block exactly as often as tables of `holders` name it, and no table names one twice."""
-    tables = {request.request_id: allocator.block_table(request) for request in holders}
+    tables = {request.request_id: _held_blocks(allocator, request) for request in holders}
     census = allocator.census()
     if census == {block: (request_id,) for request_id, table in tables.items() for block in table}:
         num_named = sum(map(len, tables.values()))
@@ -111,10 +127,12 @@ def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
 
 def check_contents(planner: Planner, executor: OracleExecutor) -> None:
     """Every block a running request holds stands for its tokens, as far as they were computed, in the host's tables."""
+    allocator = planner.allocator
     for view in planner._running:
         request = view._request
         end, tags = request.num_computed_tokens, executor.slots[request.slot].tags
-        found = executor.entries(planner.allocator.block_table(request), end)
-        if found != tags[:end]:
-            wrong = [at for at, tag in enumerate(found) if tag != tags[at]]
+        first = allocator.num_released_blocks(request) * allocator.spec.block_size
+        found = executor.entries(_held_blocks(allocator, request), end - first)
+        if found != tags[first:end]:
+            wrong = [at for at, tag in enumerate(found, first) if tag != tags[at]]
             raise AssertionError(f"{request.request_id}: the tags at {wrong or len(found)} are not those of its tokens")

@@ -16,6 +16,7 @@ class Ledger:
         self.cache = cache
         self.block_size = cache.spec.block_size
         self.tables: dict[str, list[int]] = {}
+        self.released: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
         self._contents: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.num_refusals = 0
@@ -52,6 +53,7 @@ class Ledger:
             num_taken = num_unowned - self.cache.stats().num_unowned_blocks
             assert num_taken >= num_missing, f"{what} took {num_taken} blocks, but {num_missing} were missing"
             self.tables[request.request_id], self._requests[request.request_id] = table, request
+            self._take_released(request, num_cached)
             self._check_reuse(request, len(held), num_cached)
         else:
             self.num_refusals += 1
@@ -62,21 +64,39 @@ class Ledger:
         return is_granted
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
-        """Publishing computed tokens moves no block of anybody."""
-        self.cache.commit(request, num_computed_tokens)
+        """Publishing computed tokens moves no block of anybody, but may release those that are seen no more."""
         for index, block in enumerate(self.table(request)):
             end = min((index + 1) * self.block_size, num_computed_tokens)
-            self._contents[block] = request.tenant, tuple(request.token_ids[:end])
+            if index >= self.num_released(request):
+                self._contents[block] = request.tenant, tuple(request.token_ids[:end])
+        self.cache.commit(request, num_computed_tokens)
+        self._take_released(request, num_computed_tokens)
         self.check()
 
+    def num_released(self, request: Request) -> int:
+        """How many of its first blocks it has given back, as the book has it."""
+        return self.released.get(request.request_id, 0)
+
+    def _take_released(self, request: Request, start: int) -> None:
+        """Note what a request, whose queries to come stand at `start` or beyond, has released."""
+        before, now = self.num_released(request), self.cache.num_released_blocks(request)
+        most = max(before, self.cache.spec.num_hidden_blocks(start))
+        assert before <= now <= most, f"{request.request_id} released {now} blocks at {start}, {before} before"
+        if now:
+            self.released[request.request_id] = now
+            self.tables[request.request_id][:now] = self.cache.block_table(request)[:now]
+
     def truncate(self, request: Request, upto: int) -> None:
-        """Blocks below `upto` stay, those beyond may go; a second call changes nothing."""
+        """Blocks below `upto` stay, those beyond may go; a second call changes nothing. Released ones go last."""
         held = self.table(request)
         keep = min(len(held), -(-upto // self.block_size))
         self.cache.truncate(request, upto)
         table = list(self.cache.block_table(request))
         what = f"truncate({request.request_id}, {upto}) of blocks {held}"
-        assert table == held[: len(table)] and len(table) >= keep, f"{what} left {table}"
+        is_kept = len(table) >= keep or not (table or keep > self.num_released(request))
+        assert table == held[: len(table)] and is_kept, f"{what} left {table}"
+        if not table:
+            self.released.pop(request.request_id, None)
         self.tables[request.request_id], self._requests[request.request_id] = table, request
         self.check()
         before = self._snapshot()
@@ -88,6 +108,7 @@ class Ledger:
         self.cache.free(request)
         assert not len(self.cache.block_table(request)), f"{request.request_id} was freed, but keeps a block table"
         self.tables.pop(request.request_id, None)
+        self.released.pop(request.request_id, None)
         self.check()
         before = self._snapshot()
         self.cache.free(request)
@@ -98,8 +119,9 @@ class Ledger:
         self.cache.check()
         owners: dict[int, set[str]] = {}
         for request_id, table in self.tables.items():
-            assert len(set(table)) == len(table), f"{request_id} holds a block twice: {table}"
-            for block in table:
+            held = table[self.released.get(request_id, 0) :]
+            assert len(set(held)) == len(held), f"{request_id} holds a block twice: {table}"
+            for block in held:
                 owners.setdefault(block, set()).add(request_id)
             stands = list(self.cache.block_table(self._requests[request_id]))
             assert stands == table, f"the table of {request_id} became {stands}, was {table}"
@@ -121,6 +143,8 @@ class Ledger:
         """What `match` promised stands in the blocks, committed for this tenant; the other new ones hold nothing."""
         for index, block in enumerate(self.table(request)[num_held:], num_held):
             end = min((index + 1) * self.block_size, num_cached)
+            if index < self.num_released(request):
+                continue
             if index * self.block_size >= num_cached:
                 self._contents.pop(block, None)
                 continue

@@ -41,7 +41,7 @@ class Liveness:
         running = planner._running
         if not running:
             return planner._waiting[:1]
-        return list(running) if any(_has_work(view._request) for view in running) else []
+        return list(running) if any(_has_work(view._request, planner) for view in running) else []
 
     def check_step(
         self, planner: Planner, candidates: list[RequestView], has_launched: bool, has_progress: bool
@@ -69,6 +69,11 @@ class Liveness:
         assert num_preemptions <= most, f"{name} was preempted {num_preemptions} times in {self.work} tokens of work"
 
 
-def _has_work(request: Request) -> bool:
-    known = request.num_tokens + request.num_pending_samples
-    return request.num_computed_tokens + request.num_in_flight_tokens < known < request.max_num_tokens
+def _has_work(request: Request, planner: Planner) -> bool:
+    """Whether a running request has a token to run, and is not waiting for its own window to move on."""
+    known, start = (
+        request.num_tokens + request.num_pending_samples,
+        request.num_computed_tokens + request.num_in_flight_tokens,
+    )
+    fits = not request.num_in_flight_tokens or planner._residency.num_fitting_tokens(request, start) > 0
+    return start < known < request.max_num_tokens and fits

@@ -30,7 +30,8 @@ class _Stay:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """Where a row's queries stand, where their keys go and where all keys up to `end` are read."""
+    """Where a row's queries stand, where their keys go, and the blocks where keys from `first` up to `end` are read:
+    the first of `table` holds the first key that any of the queries sees."""
 
     stay: _Stay
     slot: int
@@ -38,6 +39,7 @@ class _Row:
     end: int
     writes: list[int]
     table: list[int]
+    first: int
     has_failed: bool = False
 
 
@@ -66,7 +68,8 @@ class OracleExecutor:
 
     With `packs` every step goes through `InputBuilder.build`; without, rows use its block tables only, which is
     faster. `faults` maps request ids to the length from which on their rows fail, each with an error of its own; such
-    a row writes nothing, so whoever reads its slots is found.
+    a row writes nothing, so whoever reads its slots is found. With a `window` a row reads what its queries see, and
+    nothing before.
     """
 
     block_size: int
@@ -75,6 +78,7 @@ class OracleExecutor:
     vocab_size: int = 2
     faults: Mapping[str, int] = field(default_factory=dict)
     packs: bool = True
+    window: int | None = None
     num_steps: int = 0
     num_results: int = 0
     history: deque[StepPlan] = field(default_factory=lambda: deque(maxlen=6))
@@ -88,7 +92,7 @@ class OracleExecutor:
 
     def __post_init__(self) -> None:
         self._kv = defaultdict(lambda: [None] * self.block_size)
-        self.inputs = InputBuilder(self.max_num_seqs, self.max_model_len, self.block_size)
+        self.inputs = InputBuilder(self.max_num_seqs, self.max_model_len, self.block_size, self.window)
 
     def launch(self, plan: StepPlan) -> _Pending:
         """Run `plan` at once; AssertionError if a query reads a tag that is not of its own prefix."""
@@ -98,7 +102,9 @@ class OracleExecutor:
             self.slots[slot] = _Stay(request_id, seed, tags_of(token_ids))
         for slot, start, blocks in plan.edits:
             stay = self.slots[slot]
-            assert start <= stay.num_blocks, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
+            is_next = start <= stay.num_blocks or (self.window is not None and not stay.num_blocks)
+            assert is_next, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
+            assert min(blocks, default=0) >= 0, f"slot {slot}: {blocks} are not all blocks"
             stay.num_blocks = start + len(blocks)
         if plan.copies is not None:
             self._copy(plan.copies)
@@ -159,7 +165,12 @@ class OracleExecutor:
         start, end, size = row.start, row.start + row.num_tokens, self.block_size
         table = self.inputs.block_tables[row.slot, : -(-end // size)].tolist()
         writes = [table[position // size] * size + position % size for position in range(start, end)]
-        return _Row(self.slots[row.slot], row.slot, start, end, writes, table)
+        first = self._first_key(start)
+        return _Row(self.slots[row.slot], row.slot, start, end, writes, table[first // size :], first)
+
+    def _first_key(self, start: int) -> int:
+        """The first position that a query at `start` sees, or one behind it."""
+        return 0 if self.window is None else max(0, start - self.window + 1)
 
     def _packed(self, plan: StepPlan) -> list[_Row]:
         """The rows, read back from the packed arrays only."""
@@ -174,9 +185,11 @@ class OracleExecutor:
             assert positions[mine] == list(range(start, end)), f"slot {slot}: positions {positions[mine]} up to {end}"
             assert owners[mine] == [slot] * (end - start), f"slot {slot}: tokens of slots {owners[mine]}"
             num_blocks = -(-end // self.block_size)
-            own, rest = tables[index][:num_blocks], tables[index][num_blocks:]
-            assert rest == own[:1] * len(rest), f"slot {slot}: reads {rest} behind its blocks {own}"
-            rows.append(_Row(self.slots[slot], slot, start, end, writes[mine], own))
+            key = self._first_key(start)
+            num_hidden = key // self.block_size
+            own, rest = tables[index][num_hidden:num_blocks], tables[index][:num_hidden] + tables[index][num_blocks:]
+            assert rest == own[:1] * len(rest), f"slot {slot}: reads {rest} before or behind its blocks {own}"
+            rows.append(_Row(self.slots[slot], slot, start, end, writes[mine], own, key))
         fresh = [at // self.block_size for at in writes if not at % self.block_size]
         assert packed.fresh_blocks.tolist() == fresh, f"fresh blocks {packed.fresh_blocks}, the step begins {fresh}"
         lasts = [first[row + 1] - 1 for row in packed.sampling_rows]
@@ -204,15 +217,15 @@ class OracleExecutor:
                 )
 
     def read(self, row: _Row) -> list[Tag | None]:
-        """The first `end` entries that the row's block table leads to; AssertionError if they are not its prefix."""
-        wanted = row.stay.tags[: row.end]
-        found = self.entries(row.table, row.end)
+        """The entries from `first` to `end` that the row's table leads to; AssertionError if they are not its own."""
+        wanted, skipped = row.stay.tags[row.first : row.end], row.first % self.block_size
+        found = self.entries(row.table, skipped + row.end - row.first)[skipped:]
         if found != wanted:
             wrong = next(
                 (at for at, (is_, tag) in enumerate(zip(found, wanted, strict=False)) if is_ != tag), len(found)
             )
-            name, block = row.stay.request_id, row.table[wrong // self.block_size]
-            raise AssertionError(f"{name!r} reads a wrong KV entry at position {wrong}, block {block}")
+            name, block = row.stay.request_id, row.table[(skipped + wrong) // self.block_size]
+            raise AssertionError(f"{name!r} reads a wrong KV entry at position {row.first + wrong}, block {block}")
         return found
 
     def entries(self, table: Sequence[int], end: int) -> list[Tag | None]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from llmkit.engine.engine import Engine
+from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
 from llmkit.engine.swapping import HostPool, SwapCosts
@@ -63,7 +64,7 @@ class Walk:
     _looks: bool = True
 
     def __post_init__(self) -> None:
-        world, limits, settings = self.world, self.world.limits, self.scheduler.settings
+        world, limits, settings = self.world, self._limits(), self.scheduler.settings
         self.executor = OracleExecutor(
             world.spec.block_size,
             settings.max_num_seqs,
@@ -71,6 +72,7 @@ class Walk:
             limits.vocab_size,
             world.faults,
             world.packs,
+            world.spec.window,
         )
         num_host_blocks, block_size = world.num_host_blocks, world.spec.block_size
         host = HostPool(num_host_blocks, block_size, SWAP_COSTS) if num_host_blocks else None
@@ -78,6 +80,11 @@ class Walk:
         self.engine = Engine(planner, self.executor, limits, self.clock, depth=self.depth)
         self._expected = Expectations(limits, world.faults, isinstance(self.scheduler, Chaos), self.coverage)
         self._liveness = Liveness(self.depth, self.is_strict)
+
+    def _limits(self) -> EngineLimits:
+        """The world's, as far as the cache can serve them."""
+        limits, most = self.world.limits, self.cache.max_num_tokens
+        return limits if most is None else replace(limits, max_model_len=min(most, limits.max_model_len))
 
     def run(self) -> Coverage:
         """Walk through the world to its end; AssertionError at the first thing that is wrong."""
@@ -145,7 +152,7 @@ class Walk:
 
     def _add(self, request: Request, after: str | None = None) -> None:
         request = replace(request, token_ids=list(request.token_ids))
-        name, limits = request.request_id, self.world.limits
+        name, limits = request.request_id, self.engine.limits
         is_wrong = not 0 < request.num_prompt_tokens < limits.max_model_len or name in self.engine.planner.requests
         streams = bool(request.num_prompt_tokens % 2)  # some report every token, some only at their end
         try:
@@ -180,9 +187,11 @@ class Walk:
         num_cached = self.cache.match(request)
         assert 0 <= num_cached < request.num_tokens, f"match says {num_cached} of {request.num_tokens} are cached"
         if num_cached and self.cache.allocate(request, num_cached):
-            table = list(self.cache.block_table(request))
-            found = self.executor.entries(table, num_cached)
-            assert found == tags_of(request.token_ids[:num_cached]), f"cached blocks {table} hold something else"
+            first = self.cache.num_released_blocks(request)
+            table, num_hidden = list(self.cache.block_table(request)), first * self.cache.spec.block_size
+            found = self.executor.entries(table[first:], num_cached - num_hidden)
+            wanted = tags_of(request.token_ids[:num_cached])[num_hidden:]
+            assert found == wanted, f"cached blocks {table} hold something else"
             self.cache.free(request)
 
     def _step(self) -> None:

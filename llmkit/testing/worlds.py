@@ -147,6 +147,26 @@ class Draws:
         return events
 
 
+def windowed(world: World) -> World:
+    """The same world for a model whose layers all have a window: requests and steps may be longer than the pool."""
+    random = Random(f"window {world.seed}")
+    window = random.randint(1, world.spec.num_slots)
+    times, events = random.choice((1, 2, 4)), []
+    for event in world.events:
+        if event.request is not None:
+            params = event.request.sampling_params
+            longer = params.model_copy(update={"max_tokens": params.max_tokens * times})
+            prompt = event.request.token_ids * random.choice((1, times))
+            one = replace(event.request, token_ids=prompt, sampling_params=longer, max_num_tokens=0)
+            event = event._replace(request=one)
+        events.append(event)
+    limits = replace(world.limits, max_model_len=world.limits.max_model_len * times)
+    options, budget = dict(world.scheduler_options), "max_num_batched_tokens"
+    options[budget] *= times
+    spec = replace(world.spec, window=window)
+    return replace(world, spec=spec, scheduler_options=options, events=events, limits=limits)
+
+
 def draw_world(seed: int) -> World:
     """The world of that seed. A crowded one is left in peace, or what gets nowhere would be saved by an abort."""
     random = Random(seed)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from llmkit import EvictionPolicy, Request
+from llmkit import CacheSpec, EvictionPolicy, Request
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
 HashFunction = Callable[[int, tuple[int, ...]], int]
@@ -35,8 +35,8 @@ class HashedBlock(CachedBlock):
 class HashIndex(PrefixIndex[HashedBlock]):
     """A table from chained hash to the blocks that have it."""
 
-    def __init__(self, block_size: int, policy: EvictionPolicy, hash_function: HashFunction = chained_hash) -> None:
-        super().__init__(block_size, policy)
+    def __init__(self, spec: CacheSpec, policy: EvictionPolicy, hash_function: HashFunction = chained_hash) -> None:
+        super().__init__(spec, policy)
         self._hash = hash_function
         self._roots: dict[tuple[int, ...], HashedBlock] = {}
         self._by_key: dict[int, list[HashedBlock]] = {}

@@ -3,6 +3,9 @@
 A cached block stands for all tokens up to its end, of one tenant. Whoever uses it uses everything before it, so what
 stands behind an unused one is unused as well: unused ones can always go, the outermost first, and nothing cached ever
 stands behind something evicted. A subclass says how blocks hang together and how the next one is found.
+
+With a window whoever uses a block uses those that the window reaches, so any unused one can go. One with others behind
+it leaves an empty place, and a prefix is found if the last blocks of it, as far as the window reaches, are there.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
-from llmkit import EvictionPolicy, Request
+from llmkit import CacheSpec, EvictionPolicy, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +24,8 @@ class CachedBlock:
     """One block of tokens behind others, and the blocks of the pool that hold its KV.
 
     There are several while requests use copies that they computed side by side, none once it is evicted. It is idle
-    while nobody uses it. `ticket` is its place in the queue for eviction, 0 if it has none. The rest is `Evictable`.
+    while nobody uses it. `ticket` is its place in the queue for eviction, 0 if it has none. It is gone when nothing
+    stands behind it either: until then an evicted one keeps its place. The rest is `Evictable`.
     """
 
     blocks: list[int] = field(default_factory=list, kw_only=True)
@@ -30,6 +34,7 @@ class CachedBlock:
     num_uses: int = field(default=0, kw_only=True)
     is_idle: bool = field(default=False, kw_only=True)
     ticket: int = field(default=0, kw_only=True)
+    is_gone: bool = field(default=False, kw_only=True)
 
 
 C = TypeVar("C", bound=CachedBlock)
@@ -39,9 +44,10 @@ MAX_REMEMBERED = 256
 class PrefixIndex(ABC, Generic[C]):
     """Published blocks of every tenant. It is told which are used and which are not; it counts no references."""
 
-    def __init__(self, block_size: int, policy: EvictionPolicy) -> None:
+    def __init__(self, spec: CacheSpec, policy: EvictionPolicy) -> None:
         self.num_idle = 0
-        self._block_size = block_size
+        self._spec = spec
+        self._block_size = spec.block_size
         self._policy = policy
         self._of_block: dict[int, C] = {}
         self._queue: list[tuple[tuple[int, ...], int, C]] = []
@@ -75,9 +81,10 @@ class PrefixIndex(ABC, Generic[C]):
 
     # What is the same for all ------------------------------------------------------------------------------------
 
-    def find(self, request: Request) -> Sequence[C]:
-        """The first cached blocks of `request`, in order, that leave its last token to be computed.
+    def find(self, request: Request, most: int | None = None) -> Sequence[C]:
+        """The first cached blocks of `request`, `most` at most, in order, that leave its last token to be computed.
 
+        With a window those that it does not reach from their end may have been evicted.
         None of a request that wants log-probabilities of its prompt, because all of that must run. Asking again for
         one of the last `MAX_REMEMBERED` requests costs only what has changed since.
         """
@@ -88,10 +95,19 @@ class PrefixIndex(ABC, Generic[C]):
             if len(self._found) >= MAX_REMEMBERED:
                 del self._found[next(iter(self._found))]
             found = self._found[request] = []
-        while found and not found[-1].blocks:
+        while found and found[-1].is_gone:
             found.pop()
         self._extend(request, found, (request.num_tokens - 1) // self._block_size)
-        return found
+        return found if self._spec.window is None and most is None else found[: self._num_usable(found, most)]
+
+    def _num_usable(self, found: Sequence[C], most: int | None) -> int:
+        """How many, so that the last of them, as far as the window reaches, have their blocks."""
+        end = at = len(found) if most is None else min(most, len(found))
+        while at > self._spec.num_hidden_blocks(end * self._block_size):
+            at -= 1
+            if not found[at].blocks:
+                end = at
+        return end
 
     def forget(self, request: Request) -> None:
         """Drop what `find` remembers of a request: its answer has been used."""
@@ -133,37 +149,44 @@ class PrefixIndex(ABC, Generic[C]):
             return False
         cached.is_idle, cached.released_at = True, self._tick()
         self.num_idle += 1
-        if self._is_last(cached):
+        if self._spec.window is not None or self._is_last(cached):
             self._queue_up(cached)
         return True
 
     def evict(self) -> int:
-        """Forget the unused block that the policy ranks lowest among the last ones. There must be one."""
+        """Forget the unused block that the policy ranks lowest among those that can go. There must be one."""
         while True:
             _, ticket, cached = heappop(self._queue)
             if cached.ticket == ticket:
                 break
-        parent = self._remove(cached)
         block = cached.blocks.pop()
         del self._of_block[block]
         cached.is_idle, cached.ticket = False, 0
         self.num_idle -= 1
-        if parent is not None and parent.is_idle and self._is_last(parent):
-            self._queue_up(parent)
+        last: C | None = cached
+        while last is not None and not last.blocks and self._is_last(last):
+            last.is_gone = True
+            last = self._remove(last)
+        if last is not None and last.is_idle and self._is_last(last):
+            self._queue_up(last)
         return block
 
-    def check(self, ref_counts: Sequence[int], tables: Iterable[tuple[Sequence[int], int]]) -> None:
+    def check(self, ref_counts: Sequence[int], tables: Iterable[tuple[Sequence[int], int, int]]) -> None:
         """Raise AssertionError where the books are wrong.
 
-        `ref_counts` says how many tables hold each block; each of `tables` comes with how many of it are published.
+        `ref_counts` says how many tables hold each block; each of `tables` comes with how many of it are published and
+        how many released.
         """
         parents = dict(self._parents())
         self._check_use(parents, ref_counts)
-        for table, num_published in tables:
-            chain = [self._of_block.get(block) for block in table]
-            assert all(chain[:num_published]), f"{table}: not all of {num_published} blocks can be found"
-            assert not any(chain[num_published:]), f"{table}: blocks beyond {num_published} can be found"
-            for parent, cached in zip([None, *chain], chain[:num_published], strict=False):
+        for table, num_published, num_released in tables:
+            chain = [self._of_block.get(block) for block in table[num_released:]]
+            num_found = max(0, num_published - num_released)
+            assert all(chain[:num_found]), f"{table}: not all of {num_found} blocks can be found"
+            assert not any(chain[num_found:]), f"{table}: blocks beyond {num_found} can be found"
+            first = parents[chain[0]] if num_released and num_found and chain[0] is not None else None
+            assert (first is not None) == (num_released > 0 and num_found > 0), f"{table}: what was released is gone"
+            for parent, cached in zip([first, *chain], chain[:num_found], strict=False):
                 assert cached is not None and parents[cached] is parent, f"{table}: cached blocks are not in a row"
 
     def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
@@ -171,16 +194,18 @@ class PrefixIndex(ABC, Generic[C]):
         assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
         for cached, parent in parents.items():
             counts = [ref_counts[block] for block in cached.blocks]
-            assert counts, "an evicted block can still be found"
+            leaves_place = self._spec.window is not None and not self._is_last(cached)
+            assert (counts or leaves_place) and not cached.is_gone, "an evicted block can still be found"
             assert cached.is_idle == (counts == [0]), f"blocks {cached.blocks} are used {counts} times"
             assert cached.is_idle or all(counts), f"blocks {cached.blocks}: an unused copy is kept"
-            assert cached.is_idle or parent is None or not parent.is_idle, "a used block stands behind an unused one"
+            is_behind = self._spec.window is None and parent is not None and parent.is_idle
+            assert cached.is_idle or not is_behind, "a used block stands behind an unused one"
         assert self.num_idle == sum(cached.is_idle for cached in parents), "unused blocks are miscounted"
         queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
         with_children = set(parents.values())
         for cached in parents:
             assert self._is_last(cached) == (cached not in with_children), "what stands last is not known"
-            can_go = cached.is_idle and self._is_last(cached)
+            can_go = cached.is_idle and (self._is_last(cached) or self._spec.window is not None)
             assert (cached in queued) == can_go, "what can be evicted is not what waits for it"
 
     def _queue_up(self, cached: C) -> None:

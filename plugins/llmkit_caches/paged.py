@@ -26,5 +26,5 @@ class PagedCache(SharingCache):
     hash_function = staticmethod(chained_hash)
 
     def __init__(self, settings: PagedSettings, spec: CacheSpec) -> None:
-        index = HashIndex(spec.block_size, settings.policy(), self.hash_function)
+        index = HashIndex(spec, settings.policy(), self.hash_function)
         super().__init__(settings, spec, index, settings.prefix)

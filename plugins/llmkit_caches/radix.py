@@ -21,4 +21,4 @@ class RadixCache(SharingCache):
     Settings: ClassVar[type[AnySettings]] = RadixSettings
 
     def __init__(self, settings: RadixSettings, spec: CacheSpec) -> None:
-        super().__init__(settings, spec, RadixIndex(spec.block_size, settings.policy()))
+        super().__init__(settings, spec, RadixIndex(spec, settings.policy()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmkit import EvictionPolicy, Request
+from llmkit import CacheSpec, EvictionPolicy, Request
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
 
@@ -37,8 +37,8 @@ class RadixNode:
 class RadixIndex(PrefixIndex[RadixBlock]):
     """A tree for each tenant."""
 
-    def __init__(self, block_size: int, policy: EvictionPolicy) -> None:
-        super().__init__(block_size, policy)
+    def __init__(self, spec: CacheSpec, policy: EvictionPolicy) -> None:
+        super().__init__(spec, policy)
         self._roots: dict[str, RadixNode] = {}
 
     def _extend(self, request: Request, found: list[RadixBlock], limit: int) -> None:

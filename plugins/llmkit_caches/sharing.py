@@ -1,6 +1,7 @@
 """What caches that reuse prefixes share: block tables over a pool whose blocks may have several owners.
 
 Blocks are free, used (counted by reference) or cached: published, used by nobody, kept until their room is needed.
+With a window a running request gives back its first blocks, which stay in its table as RELEASED.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from llmkit import CacheAllocator, CacheSpec, CacheStats, Request, Settings
 from llmkit_caches.index import CachedBlock, PrefixIndex
+
+RELEASED = -1
 
 
 class SharingCache(CacheAllocator):
@@ -23,10 +26,20 @@ class SharingCache(CacheAllocator):
         self._is_on = is_on
         self._index = index
         self._num_published: dict[str, int] = {}
+        self._num_released: dict[str, int] = {}
 
     @property
     def reuses_prefixes(self) -> bool:
         return self._is_on
+
+    @property
+    def max_num_tokens(self) -> int | None:
+        """None if the window and one more block fit: then all that is behind the window can be released in time."""
+        window, spec = self.spec.window, self.spec
+        return spec.num_slots if window is None or spec.num_slots < window + spec.block_size else None
+
+    def num_released_blocks(self, request: Request) -> int:
+        return self._num_released.get(request.request_id, 0)
 
     def match(self, request: Request) -> int:
         return len(self._index.find(request)) * self.spec.block_size if self._is_on else 0
@@ -51,10 +64,14 @@ class SharingCache(CacheAllocator):
         if self._num_taken(reusable, num_blocks) > len(self._free) + self._index.num_idle:
             return None
         table: list[int] = []
-        for cached in reusable:
+        num_released = self._num_hidden(reusable)
+        for cached in reusable[num_released:]:
             self._index.use(cached)
             self._ref_counts[cached.blocks[0]] += 1
             table.append(cached.blocks[0])
+        if num_released:
+            table[:0] = [RELEASED] * num_released
+            self._num_released[request.request_id] = num_released
         if num_blocks:
             self._tables[request.request_id] = table
             self._num_published[request.request_id] = len(table)
@@ -74,13 +91,29 @@ class SharingCache(CacheAllocator):
 
     def _reusable(self, request: Request, num_blocks: int) -> Sequence[CachedBlock]:
         """What `request` reuses of its first `num_blocks` blocks when it starts."""
-        return self._index.find(request)[:num_blocks] if self._is_on else ()
+        return self._index.find(request, num_blocks) if self._is_on else ()
+
+    def _num_hidden(self, reusable: Sequence[CachedBlock]) -> int:
+        """How many of them a request that starts behind them does not see."""
+        return self.spec.num_hidden_blocks(len(reusable) * self.spec.block_size)
 
     def _num_taken(self, reusable: Sequence[CachedBlock], num_blocks: int) -> int:
         """How many of `num_blocks` belong to nobody yet: the new ones, and reused ones that are only cached."""
-        return num_blocks - len(reusable) + sum(cached.is_idle for cached in reusable)
+        seen = reusable[self._num_hidden(reusable) :]
+        return num_blocks - len(reusable) + sum(cached.is_idle for cached in seen)
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
+        self._publish(request, num_computed_tokens)
+        num_hidden = self.spec.num_hidden_blocks(num_computed_tokens)
+        num_released = self._num_released.get(request.request_id, 0)
+        if num_hidden > num_released:
+            table = self._tables[request.request_id]
+            for index in range(num_released, num_hidden):
+                self._let_go(table[index])
+                table[index] = RELEASED
+            self._num_released[request.request_id] = num_hidden
+
+    def _publish(self, request: Request, num_computed_tokens: int) -> None:
         num_full = num_computed_tokens // self.spec.block_size
         num_published = self._num_published.get(request.request_id, 0)
         if num_full <= num_published or not self._is_on:
@@ -90,24 +123,31 @@ class SharingCache(CacheAllocator):
         self._num_published[request.request_id] = num_full
 
     def truncate(self, request: Request, upto: int) -> None:
+        """With a window a request that would keep released blocks only gives them back as well."""
         table = self._tables.get(request.request_id, [])
         self._release(table, -(-upto // self.spec.block_size))
         if len(table) < self._num_published.get(request.request_id, 0):
             self._num_published[request.request_id] = len(table)
-        if not table:
+        if len(table) <= self._num_released.get(request.request_id, 0):
             self.free(request)
 
     def free(self, request: Request) -> None:
         self._release(self._tables.pop(request.request_id, []), 0)
         self._num_published.pop(request.request_id, None)
+        self._num_released.pop(request.request_id, None)
 
     def _release(self, table: list[int], keep: int) -> None:
         """Give back all but the first `keep` blocks, the last first: what stands behind an unused one is unused."""
         while len(table) > keep:
             block = table.pop()
-            self._ref_counts[block] -= 1
-            if not self._ref_counts[block] and not self._index.release(block):
-                self._free.append(block)
+            if block != RELEASED:
+                self._let_go(block)
+
+    def _let_go(self, block: int) -> None:
+        """One user less; the last one leaves the block free, or cached."""
+        self._ref_counts[block] -= 1
+        if not self._ref_counts[block] and not self._index.release(block):
+            self._free.append(block)
 
     def block_table(self, request: Request) -> Sequence[int]:
         return self._tables.get(request.request_id, ())
@@ -119,7 +159,7 @@ class SharingCache(CacheAllocator):
     def census(self) -> dict[int, tuple[str, ...]]:
         owners: dict[int, list[str]] = {}
         for request_id, table in self._tables.items():
-            for block in table:
+            for block in table[self._num_released.get(request_id, 0) :]:
                 owners.setdefault(block, []).append(request_id)
         return {block: tuple(ids) for block, ids in owners.items()}
 
@@ -131,5 +171,11 @@ class SharingCache(CacheAllocator):
         assert len(set(self._free)) == len(self._free), "a block is on the free list twice"
         assert not set(self._free) & census.keys(), "an owned block is on the free list"
         assert self._num_published.keys() <= self._tables.keys(), "blocks of a request that is gone count as published"
-        tables = ((table, self._num_published.get(name, 0)) for name, table in self._tables.items())
+        assert self._num_released.keys() <= self._tables.keys(), "blocks of a request that is gone count as released"
+        for name, table in self._tables.items():
+            num_released = self._num_released.get(name, 0)
+            assert table[:num_released] == [RELEASED] * num_released, f"{name}: {num_released} released of {table}"
+            assert len(table) > num_released and RELEASED not in table[num_released:], f"{name} keeps none of {table}"
+        published, released = self._num_published, self._num_released
+        tables = ((table, published.get(name, 0), released.get(name, 0)) for name, table in self._tables.items())
         self._index.check(self._ref_counts, tables)

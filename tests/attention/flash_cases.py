@@ -51,6 +51,11 @@ class OnDevice(FlashAttention):
         for pool in self._pools:
             pool.fill_(value)
 
+    def spoil(self, blocks: list[int]) -> None:
+        """Whoever holds `blocks` now has written NaN."""
+        for pool in self._pools:
+            pool[:, blocks] = float("nan")
+
 
 def layer(ratio: int = 2, head_dim: int = 64, **options: Any) -> LayerSpec:
     num_heads, num_kv_heads = HEADS[ratio]
@@ -102,6 +107,17 @@ def test_sequences_go_on_after_waiting_on_the_host() -> None:
     run(made, STEPS[:3])
     made.swap("a", "b")
     run(made, STEPS[3:])
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_blocks_behind_the_window_may_hold_anything(block_size: int) -> None:
+    made, window = sequences([layer(2, window=40)], block_size, max(8, 512 // block_size)), 40
+    run(made, [[("a", 150), ("b", 70)]])
+    for rows in ([("a", 1), ("b", 1)], [("a", 9), ("b", 3)], [("a", 1), ("b", 1)]):
+        for name, _ in rows:
+            num_hidden = (made.stored[name].length - window + 1) // block_size
+            made.backend.spoil(made.stored[name].blocks[:num_hidden])  # type: ignore[attr-defined]
+        run(made, [rows])
 
 
 @pytest.mark.parametrize("longest", [10, 600])

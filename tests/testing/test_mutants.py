@@ -10,11 +10,13 @@ import pytest
 
 from llmkit.batching import ContinuousBatching
 from llmkit.engine.engine import Engine
+from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
 from llmkit.engine.steady import SteadyDecode
+from llmkit.interfaces.cache import CacheSpec
 from llmkit.testing import ReferenceCache, check_cache, check_scheduler
 from llmkit.testing.caches import audit
 from llmkit_caches.contiguous import ContiguousCache
@@ -41,8 +43,17 @@ CORE: dict[str, Bug] = {
     "computed tokens survive a preemption": (
         Residency.leave, "request.num_computed_tokens = request.num_in", "request.num_in"),
     "the block table is not sent again after a preemption": (
-        Residency.leave, "request.num_blocks = request.num_sent_blocks = 0", "request.num_blocks = 0"),
+        Residency.leave, "request.num_blocks = request.num_sent_blocks = request", "request.num_blocks = request"),
     "new blocks are not sent": (Planner._edits, "one.num_blocks > one.num_sent_blocks", "not one.num_sent_blocks"),
+    "what a window has left behind is sent": (
+        Residency.edit, "max(request.num_sent_blocks, request.num_released_blocks)", "request.num_sent_blocks"),
+    "blocks that a window has left behind are awaited": (
+        Residency.leave, "request.num_blocks - request.num_released_blocks, request", "request.num_blocks, request"),
+    "tables begin with what a window has left behind": (InputBuilder._tables, "(columns >= first) & ", ""),
+    "a grant is larger than the pool behind a window": (
+        PlannedStep.run, "min(num_tokens, self._residency.num_fitting_tokens(request, start))", "num_tokens"),
+    "a first grant is larger than the pool": (
+        PlannedStep._admit, "self.num_free_tokens, num_fitting)", "self.num_free_tokens)"),
     "pending samples are not counted": (
         Planner._compile, "request.num_tokens + request.num_pending_samples", "request.num_tokens"),
     "tokens in flight are scheduled again": (
@@ -97,36 +108,53 @@ CACHES: dict[str, Bug] = {
     "starting is not all or nothing": (SharingCache._start, "return None", "pass"),
     "blocks leak": (SharingCache.free, ", 0)", ", 1)"),
     "truncate takes one block too many": (SharingCache.truncate, "-(-upto //", "(upto //"),
-    "blocks are freed twice": (SharingCache._release, "self._free.append(block)", "self._free.extend((block, block))"),
+    "blocks are freed twice": (SharingCache._let_go, "self._free.append(block)", "self._free.extend((block, block))"),
     "growth moves the table": (SharingCache._grow, "table.append(block)", "table.insert(0, block)"),
     "blocks are published before they are computed": (
         SharingCache.allocate, "return table is not None and self._grow(table, num_blocks)",
         "done = table is not None and self._grow(table, num_blocks)\n"
         "    self.commit(request, min(upto, request.num_tokens) if done else 0)\n    return done"),
     "more is published than was computed": (
-        SharingCache.commit, "= num_computed_tokens // self.spec.block_size",
+        SharingCache._publish, "= num_computed_tokens // self.spec.block_size",
         "= min(request.num_tokens, len(self.block_table(request)) * self.spec.block_size) // self.spec.block_size"),
     "half a block is published": (
-        SharingCache.commit, "= num_computed_tokens // self.spec.block_size",
+        SharingCache._publish, "= num_computed_tokens // self.spec.block_size",
         "= -(-num_computed_tokens // self.spec.block_size)"),
     "what was reused counts as unpublished": (SharingCache._start, "= len(table)", "= 0"),
     "what was given back counts as published": (SharingCache.truncate, "= len(table)", "= 99"),
     "publication is remembered for the next request of that name": (
         SharingCache.free, "self._num_published.pop(request.request_id, None)", "pass"),
     "reuse is not counted": (SharingCache._start, "self._ref_counts[cached.blocks[0]] += 1", "pass"),
-    "reused blocks count as free": (SharingCache._num_taken, "+ sum(cached.is_idle for cached in reusable)", ""),
+    "reused blocks count as free": (SharingCache._num_taken, "+ sum(cached.is_idle for cached in seen)", ""),
     "more is missing than allocate takes": (
         SharingCache.num_missing_blocks, "self._num_taken(self._reusable(request, num_blocks), num_blocks)",
         "num_blocks"),
     "reused blocks can be evicted": (SharingCache._start, "self._index.use(cached)", "pass"),
-    "copies that became redundant leak": (SharingCache.commit, "self._free += self._index", "self._index"),
+    "a block is released while its last key is seen": (
+        CacheSpec.num_hidden_blocks, "self.window - 1", "self.window - 2"),
+    "one block is released early": (
+        SharingCache.commit, "num_hidden_blocks(num_computed_tokens)",
+        "num_hidden_blocks(num_computed_tokens + self.spec.block_size)"),
+    "one block is released late": (
+        SharingCache.commit, "num_hidden_blocks(num_computed_tokens)",
+        "num_hidden_blocks(max(0, num_computed_tokens - self.spec.block_size))"),
+    "what is released is kept": (SharingCache.commit, "self._let_go(table[index])", "pass"),
+    "what is released is freed once more": (SharingCache._release, "block != RELEASED", "True"),
+    "releases are remembered for the next request of that name": (
+        SharingCache.free, "self._num_released.pop(request.request_id, None)", "pass"),
+    "a reused prefix is held whole behind a window": (
+        SharingCache._start, "num_released = self._num_hidden(reusable)", "num_released = 0"),
+    "a prefix with a gap in the window is reused": (PrefixIndex._num_usable, "not found[at].blocks", "False"),
+    "places of evicted blocks stay": (PrefixIndex.evict, "while last", "if last"),
+    "what others stand behind cannot go": (PrefixIndex.release, "self._spec.window is not None or", ""),
+    "copies that became redundant leak": (SharingCache._publish, "self._free += self._index", "self._index"),
     "a request whose prompt must run reuses": (
         PrefixIndex.find, "request.sampling_params.prompt_logprobs is not None", "False"),
     "the last token is not computed": (PrefixIndex.find, "(request.num_tokens - 1)", "request.num_tokens"),
     "half a block is reused": (
         PrefixIndex.find, "(request.num_tokens - 1) // self._block_size",
         "-(-(request.num_tokens - 1) // self._block_size)"),
-    "evicted prefixes are remembered": (PrefixIndex.find, "not found[-1].blocks", "False"),
+    "evicted prefixes are remembered": (PrefixIndex.find, "found[-1].is_gone", "False"),
     "another request's prefixes are remembered": (
         PrefixIndex.find, "self._found.get(request)", "self._found.get(next(iter(self._found), request))"),
     "tenants share": (HashIndex._root, "salt = _salt(request)", "salt = ()"),
@@ -134,8 +162,9 @@ CACHES: dict[str, Bug] = {
     "equal hashes count as equal beginnings": (HashIndex._behind, "cached.parent is parent and", ""),
     "an old place in the queue counts": (PrefixIndex.evict, "cached.ticket == ticket", "True"),
     "evicted prefixes can be found": (HashIndex._remove, "bucket.remove(cached)", "pass"),
-    "the queue misses what becomes evictable": (PrefixIndex.evict, "parent.is_idle and", "False and"),
-    "a prefix goes before what stands behind it": (PrefixIndex.release, "if self._is_last(cached):", "if True:"),
+    "the queue misses what becomes evictable": (PrefixIndex.evict, "last.is_idle and", "False and"),
+    "a prefix goes before what stands behind it": (
+        PrefixIndex.release, "self._spec.window is not None or self._is_last(cached)", "True"),
     "copies are all kept": (PrefixIndex.release, "len(cached.blocks) > 1", "False"),
     "an unused copy stands beside a used one": (PrefixIndex.publish, "if cached.is_idle:", "if False:"),
     "a tree grows for all tenants": (RadixIndex._add, "setdefault(request.tenant,", "setdefault('',"),

@@ -105,7 +105,8 @@ def attend_one(
             visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen
             logits = scores(packed, tl.trans(stored), scale, softcap, SOFTCAP)
             logits = tl.where(visible[None, :], logits, float("-inf"))
-            values = tl.load(value_pool + at, mask=seen[:, None] & inside, other=0.0)
+            # Keys before the window may be anybody's: a weight of 0 would not hide their NaN.
+            values = tl.load(value_pool + at, mask=visible[:, None] & inside, other=0.0)
             top, weight, context = accumulate(logits, values, top, weight, context)
             is_last = (now & 1) != 0
             if is_last | (tile == end - 1):

@@ -52,6 +52,8 @@ def attend_many(
         base = offsets(page, keys, kv_head, HEADS, PAGE, DIM)
         page = page_ids(table, first + TILE, end, PAGE, TILE)
         here = (keys < end)[:, None] & inside
+        if WINDOW:  # what no query sees may be anybody's: a weight of 0 would not hide its NaN
+            here &= (keys > lowest - window)[:, None]
         stored = tl.load(key_pool + base[:, None] + dim[None, :], mask=here, other=0.0)
         logits = scores(block, tl.trans(stored), scale, softcap, SOFTCAP)
         visible = keys[None, :] <= position[:, None]
