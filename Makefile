@@ -45,8 +45,10 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
 
 nightly: $(READY)
-	$(BIN)/python -m tests.nightly.architectures
-	$(BIN)/python -m tests.nightly.run $(ARGS)
+	@code=0; \
+	$(BIN)/python -m tests.nightly.architectures || code=1; \
+	$(BIN)/python -m tests.nightly.run $(ARGS) || code=1; \
+	exit $$code
 
 install: $(READY)
 

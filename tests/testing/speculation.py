@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from llmkit.interfaces.cache import CacheAllocator
+from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.testing import OracleExecutor
 from llmkit.testing.ledger import Ledger
 from llmkit.testing.tags import extend, sample
@@ -29,8 +29,8 @@ class _Verified:
 class SpeculativeOracle(OracleExecutor):
     """The oracle, with proposals: each is right with probability `hit_rate`, drawn from `seed`."""
 
-    def __init__(self, block_size: int, max_num_seqs: int, max_model_len: int, hit_rate: float, seed: int) -> None:
-        super().__init__(block_size, max_num_seqs, max_model_len, vocab_size=5)
+    def __init__(self, spec: CacheSpec, max_num_seqs: int, max_model_len: int, hit_rate: float, seed: int) -> None:
+        super().__init__(spec.block_size, max_num_seqs, max_model_len, vocab_size=5, window=spec.window)
         self.hit_rate, self.random = hit_rate, Random(seed)
         self.num_proposed = self.num_accepted = 0
         self.num_wanted: dict[int, int] = {}
@@ -92,6 +92,7 @@ class Speculator:
     num_preemptions: int = 0
     num_cached: int = 0
     num_given_back: int = 0
+    num_released: int = 0
     ledger: Ledger = field(init=False)
     _edits: list[BlockTableEdit] = field(default_factory=list)
 
@@ -143,7 +144,7 @@ class Speculator:
             return False
         table = self.cache.block_table(request)
         if len(table) > request.num_sent_blocks:
-            first = request.num_sent_blocks
+            first = max(request.num_sent_blocks, self.cache.num_released_blocks(request))
             self._edits.append(BlockTableEdit(request.slot, first, tuple(table[first:])))
             request.num_sent_blocks = len(table)
         return True
@@ -180,6 +181,7 @@ class Speculator:
         self.ledger.truncate(request, request.num_computed_tokens)
         request.num_sent_blocks = len(self.cache.block_table(request))
         self.num_given_back += num_blocks - request.num_sent_blocks
+        self.num_released = max(self.num_released, self.cache.num_released_blocks(request))
         if request.num_tokens >= request.max_num_tokens:
             self.running.remove(request)
             self.ledger.free(request)

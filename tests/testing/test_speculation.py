@@ -16,9 +16,9 @@ from tests.testing.speculation import SpeculativeOracle, Speculator
 MAX_LEN, VOCAB_SIZE = 48, 5
 
 
-def build(name: str, num_blocks: int, block_size: int) -> CacheAllocator:
+def build(name: str, num_blocks: int, block_size: int, window: int | None = None) -> CacheAllocator:
     component: Any = load_plugins()[0].get("cache", name).load()
-    cache: CacheAllocator = component(component.Settings(), CacheSpec(num_blocks, block_size))
+    cache: CacheAllocator = component(component.Settings(), CacheSpec(num_blocks, block_size, window))
     return cache
 
 
@@ -38,7 +38,7 @@ def serve(cache: CacheAllocator, num_proposed: int, hit_rate: float, seed: int) 
     """Every request gets the tokens of decoding one by one; nothing is left behind."""
     requests = draw_requests(seed)
     wanted = [continuation(request, VOCAB_SIZE, frozenset(), MAX_LEN)[0] for request in requests]
-    executor = SpeculativeOracle(cache.spec.block_size, 4, MAX_LEN, hit_rate, seed)
+    executor = SpeculativeOracle(cache.spec, 4, MAX_LEN, hit_rate, seed)
     speculator = Speculator(cache, executor, num_proposed)
     speculator.serve(requests)
     assert [request.output_token_ids for request in requests] == wanted
@@ -60,6 +60,15 @@ def test_tokens_are_those_of_decoding_one_by_one(name: str, hit_rate: float) -> 
     assert sum(one.num_preemptions for one in served) > 10
     assert (sum(one.num_cached for one in served) > 50) == (name != "contiguous")
     assert (sum(one.num_given_back for one in served) > 30) == (name != "contiguous" and hit_rate < 1)
+
+
+@pytest.mark.parametrize("name", ["paged", "radix"])
+@pytest.mark.parametrize("hit_rate", [0.0, 0.7, 1.0])
+def test_blocks_behind_a_window_are_released_meanwhile(name: str, hit_rate: float) -> None:
+    """What is rejected is never far enough back to need them again."""
+    served = [serve(build(name, 48 // size, size, window=6), 5, hit_rate, seed=size) for size in (1, 4)]
+    assert all(one.num_released > 5 for one in served)
+    assert sum(one.num_preemptions for one in served) > 2
 
 
 def test_it_takes_fewer_steps() -> None:
