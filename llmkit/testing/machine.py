@@ -23,7 +23,8 @@ from llmkit.types import Request, SamplingParams
 REQUESTS = st.integers(0, 3)
 LENGTHS = st.integers(0, 40)
 PROMPTS = st.lists(st.integers(0, 1), max_size=24)
-SPECS = st.builds(CacheSpec, st.integers(4, 24), st.integers(1, 8))
+WINDOWS = st.none() | st.integers(1, 40)
+SPECS = st.builds(CacheSpec, st.integers(4, 24), st.integers(1, 8), WINDOWS)
 LIMITS = st.fixed_dictionaries(
     {
         "max_num_seqs": st.integers(1, 8),
@@ -39,9 +40,14 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
     class CacheMachine(RuleBasedStateMachine):
         """Four requests share a small pool in every order of operations; two begin alike, the last is a stranger."""
 
-        @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), lengths=st.lists(LENGTHS, min_size=4))
-        def make(self, num_blocks: int, block_size: int, lengths: list[int]) -> None:
-            spec = CacheSpec(num_blocks, block_size)
+        @initialize(
+            num_blocks=st.integers(1, 12),
+            block_size=st.integers(1, 4),
+            lengths=st.lists(LENGTHS, min_size=4),
+            window=WINDOWS,
+        )
+        def make(self, num_blocks: int, block_size: int, lengths: list[int], window: int | None) -> None:
+            spec = CacheSpec(num_blocks, block_size, window)
             self.ledger = Ledger(build_cache(cache, spec, options or {}))
             self.requests = []
             for number in range(4):
@@ -98,7 +104,7 @@ class WalkMachine(RuleBasedStateMachine):
 
     @initialize(spec=SPECS, limits=LIMITS, packs=st.booleans(), looks_every=st.integers(1, 4), host=st.integers(0, 9))
     def make(self, spec: CacheSpec, limits: dict[str, int], packs: bool, looks_every: int, host: int) -> None:
-        reach = EngineLimits(2, spec.num_slots, frozenset({1}))
+        reach = EngineLimits(2, spec.num_slots if spec.window is None else 3 * spec.num_slots, frozenset({1}))
         world = World(-1, spec, limits, [], reach, packs=packs, looks_every=looks_every, num_host_blocks=host)
         self.begin(world)
 

@@ -63,7 +63,9 @@ class World:
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.scheduler_options.items())
-        return f"{self.spec.num_blocks} blocks of {self.spec.block_size}, {options}, {len(self.events)} events"
+        pool = f"{self.spec.num_blocks} blocks of {self.spec.block_size}"
+        window = "" if self.spec.window is None else f", a window of {self.spec.window}"
+        return f"{pool}{window}, {options}, {len(self.events)} events"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from llmkit.testing.coverage import Coverage
 from llmkit.testing.machine import WalkMachine, walk_machine
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
-from llmkit.testing.worlds import Rule, draw_world
+from llmkit.testing.worlds import Rule, draw_world, windowed
 from llmkit.types import Request
 from tests.nightly.faults import draw_cells, run_cell
 
@@ -90,11 +90,13 @@ def run_pair(job: tuple[Pair, Budget]) -> Tally:
 
 
 def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
-    """Walks from seed to seed, depths in turn, until the steps are spent."""
+    """Walks from seed to seed, depths in turn, until the steps are spent. Every fourth world has a window."""
     started, tally.last_seed = time.process_time(), budget.seed - 1
     while tally.coverage.num_steps < budget.steps and len(tally.failures) < MOST_FAILURES:
         tally.last_seed += 1
         world = draw_world(tally.last_seed)
+        if tally.last_seed % 4 == 0:
+            world = windowed(world)
         for depth in DEPTHS:
             built = build_scheduler(scheduler, world.scheduler_options, {})
             allocator = build_cache(cache, world.spec, cache_options(cache, tally.last_seed))
