@@ -118,15 +118,40 @@ IMAGES = {
     "image_size": 28,
     "patch_size": 14,
 }
+GEMMA4 = {
+    **SHAPE,
+    **ALTERNATING,
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "global_head_dim": 16,
+    "pad_token_id": 0,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "dbrx": {
+        "attn_config": {"rope_theta": 100.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 256,
+        "vocab_size": VOCAB_SIZE,
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
+    "emu3": {
+        "text_config": {**SHAPE, "pad_token_id": 0},
+        "vq_config": {"embed_dim": 8, "base_channels": 8, "channel_multiplier": [1, 1], "codebook_size": 16},
+        "vocabulary_map": {"<image>": 3},
+    },
     "fuyu": {"text_config": {**SHAPE, "model_type": "persimmon"}},
     "gemma3": {
         "text_config": {**ZOO["gemma3_text"]},
         "vision_config": {**IMAGES, "model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
     },
+    "gemma4": {"text_config": GEMMA4, "vision_config": None, "audio_config": None},
+    "gemma4_assistant": {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "got_ocr2": {
         "text_config": {**SHAPE, "model_type": "qwen2"},
         "vision_config": {**IMAGES, "mlp_dim": 16, "output_channels": 16, "window_size": 2, "global_attn_indexes": [0]},
@@ -141,8 +166,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What some configs want besides, or in another way."""
 AS_IT_COMES = {"zamba2"}
 """Configs that fit together only whole."""
-TOO_LARGE = {"emu3", "gemma4"}
-"""Even the smallest vision towers of these take gigabytes."""
 
 
 def every_name() -> list[str]:

@@ -29,7 +29,7 @@ from llmkit.model.certify import certified_decoder
 from tests.equality.arrangements import CHOICES, run
 from tests.equality.covering import Case, pairwise
 from tests.equality.runs import references
-from tests.equality.zoo import TOO_LARGE, every_name, tiny_model
+from tests.equality.zoo import every_name, tiny_model
 from tests.nightly.features import features
 from tests.nightly.models_page import Finding, write_models_page
 from tests.nightly.page import Circumstances
@@ -101,12 +101,11 @@ def _be_quiet() -> None:
 def go_through(names: Sequence[str], workers: int) -> list[Finding]:
     """All of them, `workers` at a time; one line to stderr for each."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _be_quiet) as pool:
-        findings = {finding.name: finding for finding in pool.map(look_at, sorted({*names} - TOO_LARGE))}
+        findings = {finding.name: finding for finding in pool.map(look_at, names)}
         for finding in pool.map(try_out, arrange(findings.values())):
             findings[finding.name] = finding
             print(f"{finding.name}: {finding.num_runs} runs, {len(finding.failures)} failures", file=sys.stderr)
-    large = [Finding(name, untried="even its smallest image tower takes gigabytes") for name in TOO_LARGE & {*names}]
-    return sorted([*findings.values(), *large], key=lambda finding: finding.name)
+    return list(findings.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
