@@ -88,7 +88,7 @@ def build_engine(
     bound_by = "the cache" if max_model_len < reach else "the model"
     limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
-    num_tokens = min(scheduler.settings.max_num_batched_tokens, max_model_len)
+    num_tokens = min(scheduler.settings.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
     host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
     return Engine(Planner(scheduler, allocator, host), executor, limits, clock or MonotonicClock(), hooks, depth)
 

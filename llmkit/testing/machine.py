@@ -25,6 +25,7 @@ LENGTHS = st.integers(0, 40)
 PROMPTS = st.lists(st.integers(0, 1), max_size=24)
 WINDOWS = st.none() | st.integers(1, 40)
 SPECS = st.builds(CacheSpec, st.integers(4, 24), st.integers(1, 8), WINDOWS)
+SMALL_SPECS = st.builds(CacheSpec, st.integers(1, 12), st.integers(1, 4), WINDOWS)
 LIMITS = st.fixed_dictionaries(
     {
         "max_num_seqs": st.integers(1, 8),
@@ -40,14 +41,8 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
     class CacheMachine(RuleBasedStateMachine):
         """Four requests share a small pool in every order of operations; two begin alike, the last is a stranger."""
 
-        @initialize(
-            num_blocks=st.integers(1, 12),
-            block_size=st.integers(1, 4),
-            lengths=st.lists(LENGTHS, min_size=4),
-            window=WINDOWS,
-        )
-        def make(self, num_blocks: int, block_size: int, lengths: list[int], window: int | None) -> None:
-            spec = CacheSpec(num_blocks, block_size, window)
+        @initialize(spec=SMALL_SPECS, lengths=st.lists(LENGTHS, min_size=4))
+        def make(self, spec: CacheSpec, lengths: list[int]) -> None:
             self.ledger = Ledger(build_cache(cache, spec, options or {}))
             self.requests = []
             for number in range(4):

@@ -93,6 +93,18 @@ def test_what_is_released_is_found_again(cache: str, num_blocks: int, wanted: li
     check_nothing_left(llm)
 
 
+def test_host_memory_beside_a_pool_smaller_than_a_step(wanted: list[Reference]) -> None:
+    """What swapping costs is measured with no more tokens than the pool has slots."""
+    cache = {"name": "paged", "prefix": False}
+    options: dict[str, Any] = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS, "fused": False, "swap_gib": 0.001}
+    llm = LLM(tiny_model("mistral"), cache=cache, **options)
+    assert llm.engine.planner.host is not None
+    with ReallyFloat64():
+        outputs = llm.generate(prompts(LENGTHS), PARAMS)
+    assert [list(output.token_ids) for output in outputs] == [ref.token_ids for ref in wanted]
+    check_nothing_left(llm)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_small_pool_gives_the_tokens_of_a_large_one_on_a_gpu(depth: int) -> None:
