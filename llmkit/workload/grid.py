@@ -18,6 +18,7 @@ from llmkit.types import SamplingParams
 from llmkit.workload.interrupt import Interrupt, deferred_interrupt
 from llmkit.workload.naive import NaiveBaseline
 from llmkit.workload.protocol import RunContext, RunOutcome, Target
+from llmkit.workload.requests import check_one_sample
 from llmkit.workload.served import provenance, title
 from llmkit.workload.settings import GridSettings
 
@@ -42,6 +43,7 @@ class GridWorkload:
 
     def run(self, target: Target, context: RunContext) -> RunOutcome:
         """See `Workload.run`."""
+        check_one_sample("grid", context.sampling)
         self._check(target)
         naive = NaiveBaseline(target.naive_model(), target.engine.clock)
         started_at = target.engine.clock.now()

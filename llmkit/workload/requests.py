@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmkit.errors import ConfigError
+from llmkit.types import SamplingParams
 from llmkit.workload.protocol import ModelBounds
 
 
@@ -23,6 +24,15 @@ class TimedRequest:
     tenant: str = ""
     deadline: float | None = None
     length_hint: int | None = None
+
+
+def check_one_sample(name: str, sampling: SamplingParams) -> None:
+    """Raise ConfigError if several samples of a prompt are asked for: what is measured is one a request."""
+    if sampling.n > 1:
+        raise ConfigError(
+            f"sampling.n={sampling.n}: workload {name} draws one sample of each prompt; leave it out, or use "
+            "LLM.generate with SamplingParams(n=...)"
+        )
 
 
 def check_fits(name: str, requests: Sequence[TimedRequest], bounds: ModelBounds) -> None:

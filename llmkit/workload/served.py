@@ -22,7 +22,7 @@ from llmkit.workload.driver import Played, run_workload
 from llmkit.workload.named import WORKLOADS
 from llmkit.workload.prompts import read_text
 from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome, Target
-from llmkit.workload.requests import TimedRequest, check_fits
+from llmkit.workload.requests import TimedRequest, check_fits, check_one_sample
 from llmkit.workload.settings import (
     BatchSettings,
     GammaSettings,
@@ -57,6 +57,7 @@ class ServedWorkload:
 
     def run(self, target: Target, context: RunContext) -> RunOutcome:
         """See `Workload.run`. A fault of the engine is raised after what was measured so far is written."""
+        check_one_sample(self.name, context.sampling)
         limits = target.engine.limits
         requests = self.build(ModelBounds(limits.vocab_size, limits.max_model_len, target.encode))
         sampling = context.sampling.model_copy(update={"ignore_eos": self.settings.ignore_eos})

@@ -202,3 +202,10 @@ def test_a_grid_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs sequences of 303 tokens .* hold 256"):
         run_on_paper(tmp_path, [], prompt_len=[300])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_refuses_several_samples_of_a_prompt(tmp_path: Path) -> None:
+    context = RunContext(tmp_path / "run", sampling=SamplingParams(n=2))
+    with pytest.raises(ConfigError, match=r"sampling\.n=2: workload grid draws one sample"):
+        GridWorkload(GridSettings()).run(fake_target(), context)
+    assert not list(tmp_path.iterdir())

@@ -171,6 +171,12 @@ def test_a_fault_of_the_engine_is_raised_after_writing(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "steps.jsonl")) == 3
 
 
+def test_several_samples_of_a_prompt_are_refused_not_dropped(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.n=3: workload batch draws one sample of each prompt; "):
+        run(make("batch", **SMALL), tmp_path, sampling=SamplingParams(n=3))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", list(catalog.NAMED))
 def test_a_named_workload_refuses_a_model_it_was_not_made_for(tmp_path: Path, name: str) -> None:
     workload = make(name)
