@@ -124,12 +124,13 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
 def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
     """Hydra's complaint in one line: what is wrong, what would be right, and which plugins failed."""
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}: {str(error).splitlines()[0]}"
+        problem = str(error).splitlines()[0].removesuffix(f" '{error.override}'")
+        return f"cannot read {error.override!r}: {problem}; write GROUP=NAME or GROUP.OPTION=VALUE"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.partition("/")
         if group not in GROUPS:
             group, _, name = error.missing_cfg_file.rpartition("/")
-        return unknown_name(group, name, error.options, registry.notes() if group in KINDS else ())
+        return unknown_name(group, name, error.options, registry.notes(group) if group in KINDS else ())
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n)", text):
         return f"{match[1]} names several values: add -m to run them all, or write [a,b] for a list"
@@ -155,6 +156,8 @@ def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
     for model in models:
         if option not in model.model_fields:
             return no_such_option(model, option, head)
+        if isinstance(defaults(model, MISSING)[option], dict):
+            return f"{key}: entries are added with a plus: +{head}.{option}={{KEY:VALUE}}"
     return f"{key}: no such option"
 
 

@@ -16,7 +16,7 @@ from llmkit.engine.limits import check_request
 from llmkit.engine.progress import Progress
 from llmkit.engine.quiet import quiet_collector
 from llmkit.engine.settings import EngineSettings
-from llmkit.errors import ConfigError, ModelError, RequestError
+from llmkit.errors import ConfigError, ModelError, RequestError, did_you_mean
 from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.clock import Clock
 from llmkit.model.architecture import first_line
@@ -34,6 +34,8 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Encode = Callable[[Any], list[int]]
 Named = str | Mapping[str, Any] | Choice
 """A component: its name, `{"name": ..., option: ...}`, or a validated `Choice`."""
+KEYWORDS = ("model", "scheduler", "cache", "attention", "plugins")
+"""Keywords of `LLM` that are no options of the engine."""
 
 
 class LLM:
@@ -56,9 +58,7 @@ class LLM:
         clock: Clock | None = None,
         **engine_options: Any,
     ) -> None:
-        if engine is not None and engine_options:
-            raise ConfigError(f"give engine settings or keywords, not both: {', '.join(engine_options)}")
-        self.settings = validate(EngineSettings, engine_options if engine is None else engine, "engine")
+        self.settings = _engine_settings(engine, engine_options)
         self.registry, self.plugin_manager = load_plugins(plugins)
         chosen_scheduler = choose(self.registry, "scheduler", scheduler)
         chosen_cache = choose(self.registry, "cache", cache)
@@ -272,3 +272,14 @@ def sample_seed(engine_seed: int, number: int, seed: int | None, index: int) -> 
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
     return (mixed ^ (mixed >> 31)) >> 1
+
+
+def _engine_settings(engine: EngineSettings | Mapping[str, Any] | None, options: Mapping[str, Any]) -> EngineSettings:
+    """Settings from one or the other; a misspelt part among the keywords is told from a misspelt option."""
+    if engine is not None and options:
+        raise ConfigError(f"give engine settings or keywords, not both: {', '.join(options)}")
+    for word in options:
+        hint = did_you_mean(word, [*EngineSettings.model_fields, *KEYWORDS])
+        if any(hint.endswith(f"{part!r}?") for part in KEYWORDS):
+            raise ConfigError(f"{word}: no such keyword{hint}")
+    return validate(EngineSettings, options if engine is None else engine, "engine")

@@ -65,6 +65,10 @@ def load_plugins(extra: Iterable[object] = ()) -> tuple[Registry, pluggy.PluginM
             continue
         _add(manager, registry, plugin, source.plugin, source.owner)
     for plugin in extra:
+        if isinstance(plugin, str):
+            raise PluginError(f"plugin {plugin!r}: give the module or object itself; installed ones need not be given")
+        if isinstance(plugin, type):
+            raise PluginError(f"plugin {plugin.__name__} is a class: give an instance, {plugin.__name__}()")
         name = getattr(plugin, "__name__", type(plugin).__name__)
         _add(manager, registry, plugin, f"{name}@{id(plugin):x}", f"the given plugin {name}")
     return registry, manager

@@ -94,7 +94,7 @@ class Registry:
         """The component of that name; ConfigError with the valid choices and failed plugins otherwise."""
         component = self._components.get((kind, name))
         if component is None:
-            raise ConfigError(unknown_name(kind, name, self.names(kind), self.notes()))
+            raise ConfigError(unknown_name(kind, name, self.names(kind), self.notes(kind)))
         return self._with_parts(component)
 
     def _with_parts(self, component: Component) -> Component:
@@ -108,9 +108,10 @@ class Registry:
             self._offering[key] = _offering(component.settings, found)
         return replace(component, settings=self._offering[key])
 
-    def notes(self) -> list[str]:
-        """What an error about a missing name should add: the plugins that failed or were kept out."""
-        failed = [f"plugin {plugin} failed: {reason}" for plugin, reason in self.failures.items()]
+    def notes(self, kind: str = "") -> list[str]:
+        """What an error about a missing name should add: how a checkpoint is named, who failed or was kept out."""
+        own = ["a checkpoint is model=hf model.path=DIR"] if kind == "model" and "hf" in self.names("model") else []
+        failed = own + [f"plugin {plugin} failed: {reason}" for plugin, reason in self.failures.items()]
         return failed + [f"plugin {plugin} is kept out by {reason}" for plugin, reason in self.blocked.items()]
 
     def names(self, kind: str) -> list[str]:

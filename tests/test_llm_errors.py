@@ -175,6 +175,12 @@ def never(*_: object, **__: object) -> None:
         ({"cache": 7}, "cache: give a name (choices: "),
         ({"model": 7}, "model: give a name (choices: "),
         ({"attention": {"name": "auto", "x": 1}}, "attention.x: no such option"),
+        ({"schedulr": "static"}, "schedulr: no such keyword; did you mean 'scheduler'?"),
+        (
+            {"model": "gpt2"},
+            "unknown model 'gpt2' (choices: embedded, hf, llama_1b, llama_8b, qwen3_0_6b, qwen3_4b); "
+            "a checkpoint is model=hf model.path=DIR",
+        ),
         ({"block_sise": 3}, "engine.block_sise: no such option; did you mean 'block_size'? (options: "),
         ({"block_size": 0}, "engine.block_size=0: Input should be greater than or equal to 1 (allowed: integer, 1"),
         ({"dtype": "fp8"}, "engine.dtype='fp8': Input should be 'auto', "),

@@ -39,6 +39,8 @@ def show_plugin(name: str) -> int:
     """Print the options of every component called `name` ("paged", "cache/paged") or of a section ("engine")."""
     registry, _ = load_plugins()
     tables = _tables(registry, name)
+    if not tables and (choices := registry.names(name)):
+        raise ConfigError(f"{name} is a group: show one of {', '.join(choices)}")
     if not tables:
         valid = {*SECTIONS, *(component.name for component in registry.components())}
         raise ConfigError(unknown_name("part", name, valid, registry.notes()))

@@ -4,4 +4,4 @@ from llmkit import ContinuousBatching
 
 
 class Continuous(ContinuousBatching):
-    """FCFS with chunked prefill in mixed batches; the latest arrival is preempted when blocks run out."""
+    """FCFS with chunked prefill in mixed batches; the latest admitted is preempted when blocks run out."""

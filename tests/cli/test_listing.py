@@ -76,6 +76,12 @@ def test_same_name_of_two_kinds_shows_both(install: Install, capsys: pytest.Capt
     assert "scheduler=paged of llmkit-twin 1.0" in text and "cache=paged of llmkit " in text
 
 
+def test_a_group_is_not_a_part_but_names_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "show", "cache"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == "llmkit: cache is a group: show one of contiguous, paged, radix\n"
+
+
 def test_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "show", "pagd"]) == 2
     out, err = capsys.readouterr()

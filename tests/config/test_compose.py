@@ -157,7 +157,11 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["scheduler=static,mine"], "scheduler=static,mine names several values: add -m to run them all"),
         (["scheduler=glob(*)"], "scheduler=glob(*) names several values: add -m to run them all"),
         (["-m", "scheduler=glob(zz*)"], "nothing to run: a glob matches no name"),
-        (["scheduler"], "cannot read 'scheduler': "),
+        (["scheduler"], "cannot read 'scheduler': Error parsing override; write GROUP=NAME or GROUP.OPTION=VALUE"),
+        (["sampling.logit_bias={5:1}"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
+        (["sampling.logit_bias.5=1"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
+        (["sampling.seed.x=1"], "sampling.seed.x: no such option"),
+        (["model=gpt2"], "; a checkpoint is model=hf model.path=DIR"),
         (["scheduler.max_num_seqs=[1,"], "cannot read 'scheduler.max_num_seqs=[1,': "),
         (["plots_dir=${nope}"], "Interpolation key 'nope' not found (plots_dir)"),
         (["--cfg", "job", "--info"], "Only one of --run"),
@@ -205,6 +209,11 @@ def test_logs_go_to_standard_error(registry: Registry, workdir: Path, capsys: py
     jobs(registry, "-m", "cache=paged,contiguous")
     out, err = capsys.readouterr()
     assert out == "" and "Launching 2 jobs" in err
+
+
+def test_entries_of_a_table_can_be_added(registry: Registry, workdir: Path) -> None:
+    (job,) = jobs(registry, "+sampling.logit_bias={5:1}")
+    assert resolve(registry, job.raw).sampling.logit_bias == {5: 1.0}
 
 
 def test_stale_components_leave_the_store(registry: Registry, workdir: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llmkit
-from llmkit import ConfigError, ContinuousBatching, PluginError, Registry, hookimpl, load_plugins
+from llmkit import ConfigError, ContinuousBatching, PluginError, Registry, RequestEvent, hookimpl, load_plugins
 from llmkit.registry import KINDS
 
 SCHEDULER = """
@@ -113,6 +113,18 @@ def test_wrong_hook_arguments_are_refused_naming_the_plugin(install: Install) ->
     install("foreign_g", source, "llmkit-foreign-g")
     with pytest.raises(PluginError, match=r"llmkit-foreign-g:foreign_g.*registrar"):
         load_plugins()
+
+
+def test_names_and_classes_are_no_plugins() -> None:
+    class Observer:
+        @hookimpl
+        def llmkit_request_finished(self, event: RequestEvent) -> None: ...
+
+    with pytest.raises(PluginError, match="plugin 'mine': give the module or object itself"):
+        load_plugins(["mine"])
+    with pytest.raises(PluginError, match=r"plugin Observer is a class: give an instance, Observer\(\)"):
+        load_plugins([Observer])
+    load_plugins([Observer()])
 
 
 def test_module_without_hooks_is_refused(install: Install) -> None:
