@@ -21,6 +21,7 @@ class Residency:
         self.allocator = allocator
         self.host = host
         self.block_size = allocator.spec.block_size
+        self._has_window = allocator.spec.window is not None
         self.num_landed_steps = 0
         self.num_reclaiming_blocks = 0
         self.num_held_blocks = 0
@@ -50,7 +51,8 @@ class Residency:
             raise
         self.num_held_blocks += num_blocks - request.num_blocks
         request.num_blocks = num_blocks
-        request.num_released_blocks = self.allocator.num_released_blocks(request)
+        if self._has_window:
+            request.num_released_blocks = self.allocator.num_released_blocks(request)
         return True
 
     def num_fitting_tokens(self, request: Request, start: int) -> int:
@@ -67,7 +69,8 @@ class Residency:
         """KV below `num_computed_tokens` is valid. An allocator that fails to publish it harms nobody."""
         try:
             self.allocator.commit(request, num_computed_tokens)
-            request.num_released_blocks = self.allocator.num_released_blocks(request)
+            if self._has_window:
+                request.num_released_blocks = self.allocator.num_released_blocks(request)
         except BaseException as fault:
             self.containment.take(fault, "publishing KV")
 

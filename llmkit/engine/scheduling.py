@@ -44,7 +44,7 @@ class PlannedStep:
         """Blocks still to be found before every known token of a request has its place, a window of them at a time."""
         allocator, request = self._residency.allocator, view._request
         num_missing = allocator.num_missing_blocks(request, request.num_tokens)
-        if allocator.max_num_tokens is None and allocator.spec.window is not None:
+        if allocator.spec.window is not None and allocator.max_num_tokens is None:
             num_at_once = allocator.spec.window + self._max_num_tokens
             return min(num_missing, -(-num_at_once // self._block_size) + 1)
         return num_missing

@@ -98,11 +98,13 @@ class PrefixIndex(ABC, Generic[C]):
         while found and found[-1].is_gone:
             found.pop()
         self._extend(request, found, (request.num_tokens - 1) // self._block_size)
-        return found if self._spec.window is None and most is None else found[: self._num_usable(found, most)]
+        if self._spec.window is None:
+            return found if most is None else found[:most]
+        return found[: self._num_usable(found, len(found) if most is None else min(most, len(found)))]
 
-    def _num_usable(self, found: Sequence[C], most: int | None) -> int:
-        """How many, so that the last of them, as far as the window reaches, have their blocks."""
-        end = at = len(found) if most is None else min(most, len(found))
+    def _num_usable(self, found: Sequence[C], end: int) -> int:
+        """How many, `end` at most, so that the last of them, as far as the window reaches, have their blocks."""
+        at = end
         while at > self._spec.num_hidden_blocks(end * self._block_size):
             at -= 1
             if not found[at].blocks:

@@ -104,6 +104,8 @@ class SharingCache(CacheAllocator):
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         self._publish(request, num_computed_tokens)
+        if self.spec.window is None:
+            return
         num_hidden = self.spec.num_hidden_blocks(num_computed_tokens)
         num_released = self._num_released.get(request.request_id, 0)
         if num_hidden > num_released:

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from llmkit.batching import ContinuousBatching
 from llmkit.interfaces.cache import CacheSpec, CacheStats
-from llmkit.testing.schedulers import build_cache
+from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.walk import Walk
+from llmkit.testing.worlds import draw_world, windowed
 from llmkit.types import Request, SamplingParams
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
@@ -155,3 +158,23 @@ def test_truncating_to_released_blocks_gives_back_all(kind: type[SharingCache]) 
     cache.check()
     assert not cache.block_table(one) and cache.num_released_blocks(one) == 0
     assert cache.stats().num_used_blocks == 0
+
+
+def test_walks_with_windows_hold_what_the_kit_is_to_see(kind: type[SharingCache]) -> None:
+    """Requests longer than the pool, prefixes that are found behind what was released, preemptions."""
+    num_longer = num_behind = num_preemptions = 0
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def allocate(self, request: Request, upto: int) -> bool:
+            nonlocal num_longer, num_behind
+            is_new = not self.block_table(request)
+            is_granted: bool = super().allocate(request, upto)
+            num_longer += upto > self.spec.num_slots and is_granted
+            num_behind += is_new and self.num_released_blocks(request) > 0
+            return is_granted
+
+    for seed in range(24):
+        world = windowed(draw_world(seed))
+        scheduler = build_scheduler(ContinuousBatching, world.scheduler_options, {})
+        num_preemptions += Walk(world, scheduler, build_cache(Watched, world.spec, {}), seed % 3).run().num_preemptions
+    assert num_longer > 100 and num_behind > 10 and num_preemptions > 40, (num_longer, num_behind, num_preemptions)
