@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkit import LLM, RequestError
+from llmkit import LLM, ConfigError, RequestError, SamplingParams
 from tests.equality.exact import ReallyFloat64
 from tests.equality.runs import BLOCK_SIZE, Tap, prompts
 from tests.tiny_llm import EOS, tiny
@@ -79,3 +79,9 @@ def test_beams_compute_only_what_they_do_not_share(example: Any) -> None:
 def test_what_cannot_be_searched_is_refused(example: Any, prompt: list[int], num_beams: int, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         example.beam_search(build(), prompt, num_beams)
+
+
+def test_its_limit_is_that_of_the_parameters(example: Any) -> None:
+    SamplingParams(logprobs=example.MAX_LOGPROBS)
+    with pytest.raises(ConfigError):
+        SamplingParams(logprobs=example.MAX_LOGPROBS + 1)

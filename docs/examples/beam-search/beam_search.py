@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmkit import LLM, RequestError, SamplingParams
-from llmkit.sampling_params import MAX_LOGPROBS
+
+MAX_LOGPROBS = 20
+"""The most that `SamplingParams.logprobs` allows."""
 
 
 @dataclass(frozen=True)
