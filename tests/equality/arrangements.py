@@ -53,7 +53,9 @@ def run(
     num_blocks = SCARCE if preemption == "scarce" else ROOMY
     loaded = tiny_model(model, device)
     if fused:
-        fuse_exactly(loaded, min(loaded.architecture.max_model_len, num_blocks * BLOCK_SIZE))
+        reach = loaded.architecture.max_model_len
+        for max_model_len in (reach, min(reach, num_blocks * BLOCK_SIZE)):  # a pool that releases blocks bounds nothing
+            fuse_exactly(loaded, max_model_len)
     if preemption == "forced":
         scheduler += "_interrupted"
     wanted = references(model, device)
