@@ -108,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-sharing", action="store_true", help="every prompt is its own from the start")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
+    for name in ("num_requests", "prompt_len", "samples", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     shape = Shape(options.num_requests, options.prompt_len, options.samples, not options.no_sharing)
     print(json.dumps(compare(options.model, shape, options.rounds), indent=2))
     return 0

@@ -26,3 +26,11 @@ def test_it_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None
 def test_samples_of_a_prompt_find_it_cached(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--num-requests", "1", "--samples", "4", "--no-sharing", "--prompt-len", "80", "--rounds", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["hit_rate"] == pytest.approx(0.75 * 80 / 96)
+
+
+@pytest.mark.parametrize("option", ["--num-requests", "--prompt-len", "--samples", "--rounds"])
+def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([option, "0"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {option} must be at least 1\n")
