@@ -44,9 +44,7 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
         @initialize(spec=SMALL_SPECS, lengths=st.lists(LENGTHS, min_size=4))
         def make(self, spec: CacheSpec, lengths: list[int]) -> None:
             self.ledger = Ledger(build_cache(cache, spec, options or {}))
-            self.requests = []
-            for number in range(4):
-                self.requests.append(_request(number, 1 + lengths[number] % spec.num_slots))
+            self.requests = [_request(number, 1 + lengths[number] % spec.num_slots) for number in range(4)]
 
         @rule(number=REQUESTS, more=st.integers(1, 9))
         def allocate(self, number: int, more: int) -> None:

@@ -53,9 +53,8 @@ def run(
     num_blocks = SCARCE if preemption == "scarce" else ROOMY
     loaded = tiny_model(model, device)
     if fused:
-        reach = loaded.architecture.max_model_len
-        for max_model_len in (reach, min(reach, num_blocks * BLOCK_SIZE)):  # a pool that releases blocks bounds nothing
-            fuse_exactly(loaded, max_model_len)
+        for pool in (num_blocks * BLOCK_SIZE, 1 << 30):  # one that releases blocks behind a window bounds nothing
+            fuse_exactly(loaded, min(loaded.architecture.max_model_len, pool))
     if preemption == "forced":
         scheduler += "_interrupted"
     wanted = references(model, device)
