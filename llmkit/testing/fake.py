@@ -28,16 +28,16 @@ class _Slot:
 class _Pending:
     executor: FakeExecutor
     number: int
-    slots: dict[int, tuple[_Slot, int]]
+    slots: dict[int, tuple[_Slot, int, int]]
     result: StepResult
 
     def wait(self) -> StepResult:
         """The result; checks that later launches left alone whatever this step named."""
         self.executor.num_results += 1
         if self.executor.num_steps > self.number:
-            for number, (slot, end) in self.slots.items():
+            for number, (slot, first, end) in self.slots.items():
                 assert self.executor.slots.get(number) is slot, f"slot {number} was handed over while in flight"
-                self.executor.read(slot, end)
+                self.executor.read(slot, first, end)
         return self.result
 
 
@@ -45,12 +45,14 @@ class _Pending:
 class FakeExecutor:
     """Runs plans on host lists. A KV entry is the digest of its prefix, and every row checks all entries it reads.
 
-    `faults` maps request ids to the length from which on their rows fail, each with an error of its own.
+    `faults` maps request ids to the length from which on their rows fail, each with an error of its own. With
+    a `window` a row reads what its queries see.
     """
 
     block_size: int
     vocab_size: int = 1000
     faults: Mapping[str, int] = field(default_factory=dict)
+    window: int | None = None
     num_steps: int = 0
     num_results: int = 0
     history: deque[StepPlan] = field(default_factory=lambda: deque(maxlen=6))
@@ -66,6 +68,8 @@ class FakeExecutor:
             self.slots[slot] = _Slot(request_id, seed, digests_of(token_ids))
         for slot, start, blocks in plan.edits:
             table = self.slots[slot].table
+            if self.window is not None and not table:
+                table += [-1] * start  # what nobody sees
             assert start <= len(table), f"slot {slot}: its table has {len(table)} blocks, an edit starts at {start}"
             table[start:] = blocks
         if plan.copies is not None:
@@ -73,14 +77,15 @@ class FakeExecutor:
                 self._host[host_block] = list(self._kv.get(block, ()))
             for host_block, block in plan.copies.restores:
                 self._kv[block] = list(self._host[host_block])
-        named: dict[int, tuple[_Slot, int]] = {}
+        named: dict[int, tuple[_Slot, int, int]] = {}
         for request_id, slot, start, num_tokens, _, _ in plan.scheduled:
             assert slot not in named, f"slot {slot} has two rows in one step"
             assert self.slots[slot].request_id == request_id, f"slot {slot} is not the slot of {request_id!r}"
             assert num_tokens > 0, f"slot {slot}: a row of {num_tokens} tokens"
             self._write(self.slots[slot], start, start + num_tokens)
-            named[slot] = self.slots[slot], start + num_tokens
-        tokens = [self._row(self.slots[row.slot], row.start + row.num_tokens, row.samples) for row in plan.scheduled]
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            named[slot] = self.slots[slot], first, start + num_tokens
+        tokens = [self._row(*named[row.slot], row.samples) for row in plan.scheduled]
         errors = {
             index: f"fault injected at {self.faults[row.request_id]} tokens"
             for index, row in enumerate(plan.scheduled)
@@ -100,18 +105,19 @@ class FakeExecutor:
             block[offset] = slot.digests[position]
         slot.num_entries = end
 
-    def read(self, slot: _Slot, end: int) -> None:
-        """Check the first `end` KV entries of `slot`."""
-        blocks = slot.table[: -(-end // self.block_size)]
-        entries = [entry for block in blocks for entry in self._kv.get(block, ())][:end]
-        if entries != slot.digests[:end]:
-            pairs = zip(entries, slot.digests, strict=False)
-            wrong = next((at for at, (is_, wanted) in enumerate(pairs) if is_ != wanted), len(entries))
+    def read(self, slot: _Slot, first: int, end: int) -> None:
+        """Check the KV entries of `slot` from `first` to `end`."""
+        skipped, wanted = first % self.block_size, slot.digests[first:end]
+        blocks = slot.table[first // self.block_size : -(-end // self.block_size)]
+        entries = [entry for block in blocks for entry in self._kv.get(block, ())][skipped : skipped + end - first]
+        if entries != wanted:
+            pairs = enumerate(zip(entries, wanted, strict=False), first)
+            wrong = next((at for at, (is_, right) in pairs if is_ != right), first + len(entries))
             block = slot.table[wrong // self.block_size]
             raise AssertionError(f"{slot.request_id!r} reads a wrong KV entry at position {wrong}, block {block}")
 
-    def _row(self, slot: _Slot, end: int, samples: bool) -> int:
-        self.read(slot, end)
+    def _row(self, slot: _Slot, first: int, end: int, samples: bool) -> int:
+        self.read(slot, first, end)
         is_last = end == len(slot.digests)
         assert samples == is_last, f"{slot.request_id!r}: samples={samples} after {end} of {len(slot.digests)} tokens"
         if not samples:

@@ -25,6 +25,7 @@ from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.fake import FakeExecutor
 from llmkit.types import Completion, Request, RequestOutput, SamplingParams, StepPlan, StepResult
 
+UNLIMITED = 1 << 30
 Cost = Callable[[StepPlan], float]
 """How long a step takes, seconds."""
 
@@ -97,8 +98,8 @@ def simulate(
     clock = clock or VirtualClock()
     manager = pluggy.PluginManager("llmkit")
     manager.add_hookspecs(hookspecs)
-    fake = FakeExecutor(cache.spec.block_size, vocab_size)
+    fake = FakeExecutor(cache.spec.block_size, vocab_size, window=cache.spec.window)
     executor: Executor = TimedExecutor(fake, clock, cost) if isinstance(clock, VirtualClock) else fake
-    limits = EngineLimits(vocab_size, cache.spec.num_slots)
+    limits = EngineLimits(vocab_size, cache.max_num_tokens or UNLIMITED)
     engine = Engine(Planner(scheduler, cache, host), executor, limits, clock, manager.hook, depth)
     return SimulatedTarget(engine, manager)

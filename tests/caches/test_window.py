@@ -7,6 +7,7 @@ import pytest
 from llmkit.batching import ContinuousBatching
 from llmkit.interfaces.cache import CacheSpec, CacheStats
 from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.simulation import simulate
 from llmkit.testing.walk import Walk
 from llmkit.testing.worlds import draw_world, windowed
 from llmkit.types import Request, SamplingParams
@@ -178,3 +179,15 @@ def test_walks_with_windows_hold_what_the_kit_is_to_see(kind: type[SharingCache]
         scheduler = build_scheduler(ContinuousBatching, world.scheduler_options, {})
         num_preemptions += Walk(world, scheduler, build_cache(Watched, world.spec, {}), seed % 3).run().num_preemptions
     assert num_longer > 100 and num_behind > 10 and num_preemptions > 40, (num_longer, num_behind, num_preemptions)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_simulated_requests_may_be_longer_than_the_pool(kind: type[SharingCache], depth: int) -> None:
+    """The fake executor reads what a window sees; a second time most of the prompt is behind what was released."""
+    cache = build(kind, 8, window=10)
+    scheduler = build_scheduler(ContinuousBatching, {"max_num_batched_tokens": 9}, {})
+    target = simulate(scheduler, cache, lambda plan: 1.0, depth=depth)
+    first, second = (target.generate([FORTY], SamplingParams(max_tokens=50))[0] for _ in range(2))
+    assert len(first.token_ids) == 50 and first.token_ids == second.token_ids
+    (longer,) = target.generate([[*FORTY, *first.token_ids[:40]]], SamplingParams(max_tokens=10))
+    assert longer.token_ids == first.token_ids[40:] and longer.metrics.num_cached_tokens >= 64
