@@ -9,6 +9,8 @@ from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.types import BlockTableEdit, Request
 
+UNLIMITED = 1 << 30
+
 
 class Residency:
     """Lends out slots and blocks, and takes them back only after the last step in flight that names them.
@@ -56,8 +58,13 @@ class Residency:
         return True
 
     def num_fitting_tokens(self, request: Request, start: int) -> int:
-        """Tokens from position `start` on that fit if `request` has the pool to itself, given what it has released."""
+        """Tokens from position `start` on that fit if `request` has the pool to itself, given what it has released.
+
+        No bound where a request has to fit whole: one that does not never fits.
+        """
         spec = self.allocator.spec
+        if self.allocator.max_num_tokens is not None:
+            return UNLIMITED
         return (request.num_released_blocks + spec.num_blocks) * spec.block_size - start
 
     def edit(self, request: Request) -> BlockTableEdit:
