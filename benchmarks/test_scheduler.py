@@ -4,19 +4,19 @@ The limits are the project's: 50 us a step at 64 running requests, 100 us at 256
 asked for every step costs more, and so does reporting every token. `host_time.py` has the same by phases.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.host_time import Instant
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
-from llmkit.types import Request, SamplingParams, StepPlan, StepResult
+from llmkit.types import Request, SamplingParams
 from llmkit_caches.contiguous import ContiguousCache
 from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.continuous import Continuous
@@ -25,23 +25,6 @@ from llmkit_schedulers.static import Static
 
 BLOCK_SIZE, NUM_BLOCKS_EACH, MAX_TOKENS = 16, 128, 1500
 LIMIT_US = {64: 50.0, 256: 100.0}
-
-
-@dataclass
-class Done:
-    """A step that has already run."""
-
-    result: StepResult
-
-    def wait(self) -> StepResult:
-        return self.result
-
-
-class Instant:
-    """Takes no time: every row gets token 1."""
-
-    def launch(self, plan: StepPlan) -> Done:
-        return Done(StepResult(plan.step_id, [1] * len(plan.scheduled)))
 
 
 def build_planner(scheduler: type[Scheduler], cache: type[CacheAllocator], num_requests: int) -> Planner:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit.cuda import can_overlap
+from llmkit.cuda import overlap, wait_for_previous
 from llmkit.interfaces.attention import KeyValueSlots
 from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
 
@@ -66,7 +66,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, T
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
         x, delta if delta is not None else x, weight, total, out, epsilon, width,
-        ADDS=delta is not None, BLOCK=block, **_overlap(x), num_warps=min(16, max(1, block // 512)),
+        ADDS=delta is not None, BLOCK=block, **overlap(x.device), num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return total, out
 
@@ -96,7 +96,7 @@ def norm_and_rotate(
         qkv, q_weight, k_weight, cos, sin, out, keys, values, places, epsilon, num_heads, num_heads + num_kv_heads,
         all_heads, head_dim, NORMS=q_norm is not None, HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
         KV_HEADS=triton.next_power_of_2(num_kv_heads), WIDTH=triton.next_power_of_2(head_dim),
-        PAGE=keys.shape[2], STORES=slots is not None, **_overlap(qkv), num_warps=4,
+        PAGE=keys.shape[2], STORES=slots is not None, **overlap(qkv.device), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -106,23 +106,9 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     _silu_and_multiply[(rows, triton.cdiv(width, 1024))](
-        gate_up, out, width, BLOCK=1024, **_overlap(gate_up), num_warps=4
+        gate_up, out, width, BLOCK=1024, **overlap(gate_up.device), num_warps=4
     )
     return out
-
-
-def _overlap(x: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that starts with `wait_for_previous`."""
-    overlaps = can_overlap(x.device)
-    return {"PDL": overlaps, "launch_pdl": overlaps}
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """Let the next kernel start, then wait for the one in front to end: nothing it writes may be touched before."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

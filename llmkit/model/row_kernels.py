@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit.cuda import can_overlap
+from llmkit.cuda import overlap, wait_for_previous
 
 MAX_ROWS, MAX_SIZE = 4, 4096
 """More rows, or rows of more numbers in all, are left to tensor cores."""
@@ -44,11 +44,10 @@ def multiply_rows(
     chunk = min(triton.next_power_of_2(width), WHOLE_WIDTH)
     columns = max(1, TILE // chunk // (2 if gated else 1))
     gain, epsilon = norm if norm is not None else (weight, 0.0)
-    overlaps = can_overlap(x.device)
     _multiply_rows[(triton.cdiv(outputs, columns),)](
         x, gain, weight, weight if bias is None else bias, x if residual is None else residual, out, epsilon, outputs,
         ROWS=rows, WIDTH=width, COLUMNS=columns, CHUNK=chunk, NORM=norm is not None, BIAS=bias is not None,
-        ADDS=residual is not None, GATED=gated, PDL=overlaps, launch_pdl=overlaps, num_warps=4,
+        ADDS=residual is not None, GATED=gated, **overlap(x.device), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -68,9 +67,7 @@ def _multiply_rows(
     here = inside[:, None] & (k < WIDTH)[None, :]
     first = tl.load(weight + at, mask=here, other=0.0, eviction_policy="evict_first")
     second = tl.load(weight + upper + at, mask=here, other=0.0, eviction_policy="evict_first") if GATED else first
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     squares = tl.zeros([triton.next_power_of_2(ROWS)], tl.float32)
     products = tl.zeros([COLUMNS, triton.next_power_of_2(ROWS)], tl.float32)
     others = products

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llmkit.model.layer_kernels import wait_for_previous
+from llmkit.cuda import wait_for_previous
 
 
 @triton.jit

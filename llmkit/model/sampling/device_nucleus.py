@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmkit.model.layer_kernels import wait_for_previous
+from llmkit.cuda import wait_for_previous
 from llmkit.model.sampling.device_draw import temperature_of, uniform_of, weights_of
 
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from llmkit.cuda import can_overlap
+from llmkit.cuda import overlap
 from llmkit.model.sampling.device_draw import choose, weigh_blocks
 from llmkit.model.sampling.device_nucleus import UNUSED_BITS, choose_filtered
 from llmkit.model.sampling.draw import block_size_for
@@ -33,7 +33,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._block_size = block_size_for(vocab_size)
         self._num_blocks = triton.cdiv(vocab_size, self._block_size)
-        self._overlaps = can_overlap(device)
+        self._overlap = overlap(device)
         self._settings = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
         self._filters = to_device([_filter_bits(0, 1.0, 0.0)] * num_slots, device, torch.int64)
         self._known: list[tuple[int, ...]] = [(0, 0)] * num_slots
@@ -67,7 +67,7 @@ class DeviceSampler:
             logits, logits.stride(0), slots, positions, self._settings, parts[0], parts[1], *split(results),
             results if tokens is None else tokens, 0 if tokens is None else tokens.stride(0),
             self._vocab_size, self._num_blocks, SIZE=self._block_size, BLOCKS=triton.next_power_of_2(self._num_blocks),
-            STORES=tokens is not None, PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
+            STORES=tokens is not None, **self._overlap, num_warps=4,
         )  # fmt: skip
         return results
 
@@ -78,7 +78,7 @@ class DeviceSampler:
             logits, logits.stride(0), slots, positions, self._settings, self._filters, parts[0], parts[1],
             *split(results), self._vocab_size, self._num_blocks, BLOCKS=triton.next_power_of_2(self._num_blocks),
             TILE=min(TILE, triton.next_power_of_2(self._vocab_size)), UNUSED=UNUSED_BITS[logits.dtype],
-            PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=16,
+            **self._overlap, num_warps=16,
         )  # fmt: skip
         return results
 
@@ -90,7 +90,7 @@ class DeviceSampler:
         together = min(max(1, AT_ONCE // size), triton.next_power_of_2(num_blocks))
         weigh_blocks[(num_rows, triton.cdiv(num_blocks, together))](
             logits, logits.stride(0), slots, self._settings, parts[0], parts[1], self._vocab_size, num_blocks,
-            SIZE=size, TOGETHER=together, PDL=self._overlaps, launch_pdl=self._overlaps, num_warps=4,
+            SIZE=size, TOGETHER=together, **self._overlap, num_warps=4,
         )  # fmt: skip
         return parts, results
 

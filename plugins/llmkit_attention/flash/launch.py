@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmkit.cuda import can_overlap
+from llmkit.cuda import overlap
 from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
 from llmkit_attention.flash.decode import attend_one, list_tiles
 from llmkit_attention.flash.prefill import attend_many
@@ -88,7 +88,7 @@ class Launch:
         self.dim_pad = power_of_two(spec.head_dim)
         self.tile = 64 if self.dim_pad <= 128 else 32
         self.bulk = block_size >= self.tile and spec.head_dim == self.dim_pad
-        self.overlaps = can_overlap(workspace.device)
+        self.overlap = overlap(workspace.device)
         self.tiling = (self.tile, spec.window, spec.num_kv_heads)
 
     def pool(self, pool: torch.Tensor) -> Pool:
@@ -107,8 +107,7 @@ class Launch:
         write_kv[(len(key),)](
             key, value, slots.slot_mapping, slots.keys, slots.values, *key.stride(), *value.stride(),
             HEADS=spec.num_kv_heads, DIM=spec.head_dim, PAGE=self.block_size,
-            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, PDL=self.overlaps,
-            launch_pdl=self.overlaps,
+            HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, **self.overlap,
         )  # fmt: skip
 
     def list_tiles(self, batch: AttentionBatch) -> TileList:
@@ -139,7 +138,7 @@ class Launch:
             spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
             TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
             WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
-            PDL=self.overlaps, launch_pdl=self.overlaps, num_warps=4, num_stages=STAGES,
+            **self.overlap, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
 
     def prefill(

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from llmkit.cuda import wait_for_previous
+
 
 @triton.jit
 def write_kv(
@@ -12,9 +14,7 @@ def write_kv(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a token: [HEADS, DIM] of `key` and `value` to slot `slots[token]`; a negative slot stores nothing."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot >= 0:
