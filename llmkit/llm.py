@@ -156,9 +156,9 @@ class LLM:
                 raise
             except Exception as error:
                 raise RequestError(f"the prompt cannot be encoded: {first_line(error)}") from error
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(map(_is_id, prompt)):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not _are_ids(prompt):
             raise RequestError("a prompt is a string or a list of token ids")
-        return [int(token) for token in prompt]
+        return list(prompt)
 
     def _encode_chat(self, conversation: Any) -> list[int]:
         tokenizer = self._tokenizer()
@@ -237,8 +237,9 @@ class LLM:
         return None if backend is None else StreamDetokenizer(backend, prompt_token_ids)
 
 
-def _is_id(token: object) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool)
+def _are_ids(tokens: Sequence[object]) -> bool:
+    """Whether all are integers; prompts are long, so their types are looked at, not the tokens one by one."""
+    return all(issubclass(kind, int) and kind is not bool for kind in set(map(type, tokens)))
 
 
 def as_batch(prompts: Prompts) -> list[Any]:
