@@ -13,9 +13,10 @@ from torch import Tensor
 
 from llmkit.cuda import overlap, wait_for_previous
 from llmkit.interfaces.attention import KeyValueSlots
+from llmkit.model.feed_forward import GatedLayer
+from llmkit.model.gate_kernel import gated
 from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
-
-Norm = tuple[Tensor, float]
+from llmkit.model.structure import Norm
 
 
 def run(
@@ -23,25 +24,34 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """A `FusedLayer` on `hidden` + `delta` [N, hidden_size]; arguments and result as in `FusedLayer.extend`."""
     rows, width = hidden.shape
-    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE:
+    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE and _suits_few(layer):
         return run_few(layer, hidden, cos, sin, attend), None
     spec = layer.spec
     hidden, normed = add_rms_norm(hidden, delta, layer.input_norm)
     qkv = layer.qkv(normed).view(rows, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
     context = rotate_and_attend(layer, qkv, cos, sin, attend)
-    hidden, normed = add_rms_norm(hidden, layer.out(context), layer.post_norm)
-    return hidden, layer.down(silu_and_multiply(layer.gate_up(normed)))
+    hidden, normed = add_rms_norm(hidden, layer.out(context), layer.post_norm, layer.after_attention)
+    update = layer.feed_forward(normed)
+    if layer.after_feed_forward is not None:
+        update = add_rms_norm(update, None, layer.after_feed_forward)[1]
+    return hidden, update
 
 
 def run_few(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
     """A `FusedLayer` for few tokens: norms, activation and sums are parts of the products."""
-    spec = layer.spec
+    spec, feed_forward = layer.spec, layer.feed_forward.weights
     qkv = multiply_rows(hidden, layer.weights["qkv"], norm=layer.input_norm)
     heads = qkv.view(len(hidden), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
     context = rotate_and_attend(layer, heads, cos, sin, attend)
     hidden = multiply_rows(context, layer.weights["out"], residual=hidden)
-    gated = multiply_rows(hidden, layer.weights["gate_up"], norm=layer.post_norm, gated=True)
-    return multiply_rows(gated, layer.weights["down"], residual=hidden)
+    inner = multiply_rows(hidden, feed_forward["gate_up"], norm=layer.post_norm, gated=True)
+    return multiply_rows(inner, feed_forward["down"], residual=hidden)
+
+
+def _suits_few(layer: Any) -> bool:
+    """Whether nothing stands between a layer's products but what `multiply_rows` takes in."""
+    is_gated = isinstance(layer.feed_forward, GatedLayer) and layer.feed_forward.kernel_activation == "silu"
+    return is_gated and layer.after_attention is None and layer.after_feed_forward is None
 
 
 def rotate_and_attend(layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
@@ -56,8 +66,11 @@ def rotate_and_attend(layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attend:
     return context.view(len(qkv), -1)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`x + delta` (or `x`) and its RMSNorm with weight and epsilon `norm`; all [N, width], contiguous."""
+def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm, of_delta: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """`x + delta` (or `x`) and its RMSNorm with weight and epsilon `norm`; all [N, width], contiguous.
+
+    What is added is RMSNorm of `delta` with `of_delta` if that is given.
+    """
     weight, epsilon = norm
     rows, width = x.shape
     x = x.contiguous()
@@ -65,8 +78,10 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> tuple[Tensor, T
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
-        x, delta if delta is not None else x, weight, total, out, epsilon, width,
-        ADDS=delta is not None, BLOCK=block, **overlap(x.device), num_warps=min(16, max(1, block // 512)),
+        x, delta if delta is not None else x, weight, of_delta[0] if of_delta is not None else weight, total, out,
+        epsilon, of_delta[1] if of_delta is not None else 0.0, width,
+        ADDS=delta is not None, NORMS=of_delta is not None, BLOCK=block, **overlap(x.device),
+        num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return total, out
 
@@ -83,8 +98,9 @@ def norm_and_rotate(
 ) -> Tensor:
     """Queries and keys of `qkv` [N, num_heads + 2 num_kv_heads, D], normalised per head if asked, then rotated.
 
-    `cos`, `sin` [N, 1, D], contiguous, with the sign of the rotation folded into `sin`. Returns both, [N, num_heads +
-    num_kv_heads, D], or stores keys and values in `slots` and returns the queries [N, num_heads, D].
+    `cos`, `sin` [N, 1, up to D], contiguous, with the sign of the rotation folded into `sin`; numbers behind are not
+    rotated. Returns both, [N, num_heads + num_kv_heads, D], or stores keys and values in `slots` and returns the
+    queries [N, num_heads, D].
     """
     rows, all_heads, head_dim = qkv.shape
     kept = num_heads if slots is not None else num_heads + num_kv_heads
@@ -94,26 +110,28 @@ def norm_and_rotate(
     keys, values, places = (slots.keys, slots.values, slots.slot_mapping) if slots is not None else (out, out, out)
     _norm_and_rotate[(rows,)](
         qkv, q_weight, k_weight, cos, sin, out, keys, values, places, epsilon, num_heads, num_heads + num_kv_heads,
-        all_heads, head_dim, NORMS=q_norm is not None, HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
+        all_heads, head_dim, cos.shape[-1], NORMS=q_norm is not None,
+        HEADS=triton.next_power_of_2(num_heads + num_kv_heads),
         KV_HEADS=triton.next_power_of_2(num_kv_heads), WIDTH=triton.next_power_of_2(head_dim),
         PAGE=keys.shape[2], STORES=slots is not None, **overlap(qkv.device), num_warps=4,
     )  # fmt: skip
     return out
 
 
-def silu_and_multiply(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of `gate_up` [N, 2 width], contiguous -> [N, width]."""
+def activate_and_multiply(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of `gate_up` [N, 2 width], contiguous -> [N, width]; names as in `gate_kernel`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_multiply[(rows, triton.cdiv(width, 1024))](
-        gate_up, out, width, BLOCK=1024, **overlap(gate_up.device), num_warps=4
+    _activate_and_multiply[(rows, triton.cdiv(width, 1024))](
+        gate_up, out, width, ACTIVATION=activation, BLOCK=1024, **overlap(gate_up.device), num_warps=4
     )
     return out
 
 
 @triton.jit
 def _add_rms_norm(
-    x, delta, weight, total, out, epsilon, width, ADDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, delta, weight, delta_weight, total, out, epsilon, delta_epsilon, width, ADDS: tl.constexpr, NORMS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * width
@@ -121,7 +139,11 @@ def _add_rms_norm(
     inside = column < width
     value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
-        value += tl.load(delta + row + column, mask=inside, other=0.0).to(tl.float32)
+        update = tl.load(delta + row + column, mask=inside, other=0.0).to(tl.float32)
+        if NORMS:
+            update *= tl.rsqrt(tl.sum(update * update, 0) / width + delta_epsilon)
+            update *= tl.load(delta_weight + column, mask=inside, other=0.0).to(tl.float32)
+        value += update
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row + column, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -133,14 +155,15 @@ def _add_rms_norm(
 @triton.jit
 def _norm_and_rotate(
     qkv, q_weight, k_weight, cos, sin, out, keys, values, slots, epsilon, num_heads, num_rotated, all_heads, head_dim,
-    NORMS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    STORES: tl.constexpr, PDL: tl.constexpr,
+    rotary_dim, NORMS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, STORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    partner = (column + head_dim // 2) % head_dim
+    turns = column < rotary_dim
+    partner = tl.where(turns, (column + rotary_dim // 2) % rotary_dim, column)
     inside = (head < num_rotated) & (column < head_dim)
     source = qkv + (row * all_heads + head) * head_dim
     x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
@@ -154,8 +177,8 @@ def _norm_and_rotate(
         partner_gain = tl.load(q_weight + partner + 0 * head, mask=queries, other=0.0).to(tl.float32)
         partner_gain += tl.load(k_weight + partner + 0 * head, mask=others, other=0.0).to(tl.float32)
         x, y = x * scale * gain, y * scale * partner_gain
-    cosine = tl.load(cos + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
-    sine = tl.load(sin + row * head_dim + column, mask=column < head_dim, other=0.0).to(tl.float32)
+    cosine = tl.load(cos + row * rotary_dim + column, mask=turns, other=1.0).to(tl.float32)
+    sine = tl.load(sin + row * rotary_dim + column, mask=turns, other=0.0).to(tl.float32)
     rotated = (x * cosine + y * sine).to(out.dtype.element_ty)
     if STORES:
         tl.store(out + (row * num_heads + head) * head_dim + column, rotated, mask=inside & (head < num_heads))
@@ -173,11 +196,13 @@ def _norm_and_rotate(
 
 
 @triton.jit
-def _silu_and_multiply(gate_up, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _activate_and_multiply(
+    gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + column, gated(gate, up, ACTIVATION).to(out.dtype.element_ty), mask=inside)

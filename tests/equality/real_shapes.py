@@ -51,7 +51,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 30.0,
     },
+    "phi3": {
+        **COMMON,
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+    },
     "mixtral": {**COMMON, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **COMMON,
+        "model_type": "qwen3_moe",
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 192,
+        "norm_topk_prob": True,
+    },
 }
 
 

@@ -13,6 +13,7 @@ from tests.equality.runs import BLOCK_SIZE, GREEDY, ROOMY, Tap, prompts, referen
 from tests.equality.zoo import SHAPE, ZOO, noised, tiny_model
 
 FUSED = {"llama", "llama_mha_tied", "llama_mqa", "llama_scaled_rope", "qwen2", "qwen3", "mistral"}
+FUSED |= {"gemma2", "gemma3_text", "phi3", "phi3_partial_rotary", "mixtral", "qwen3_moe", "qwen2_moe"}
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -24,7 +25,7 @@ def test_llama_shaped_models_are_fused_and_no_others(name: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 5e-5), (torch.float32, 2e-4)])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "phi3_partial_rotary"])
 def test_close_to_transformers_as_it_is(name: str, dtype: torch.dtype, tolerance: float, fused: bool) -> None:
     """Without the help of `ReallyFloat64`: norms round to float32 (6e-8), and logits reach about 10 after three noisy
     layers that amplify. Tokens may part only where the reference itself was undecided."""

@@ -17,7 +17,7 @@ from tests.equality.runs import Tap
 
 BLOCK_SIZE, CHUNK = 16, 40
 NUM_TOKENS = {"cpu": 6, "cuda": 24}
-MOE = {"mixtral"}
+MOE = {"mixtral", "qwen3_moe"}
 """Rounding may send a token to another expert, so that single positions differ by much, here and in transformers."""
 CASES = [("gemma2", "cpu"), *(pytest.param(name, "cuda", marks=pytest.mark.cuda) for name in SHAPES)]
 MAX_ROWS = 1024
@@ -58,6 +58,27 @@ def test_as_near_to_float32_as_transformers(name: str, device: str) -> None:
     assert name in MOE or error.max() <= 2 * allowed.max()
     assert max(gaps) <= 2 * allowed.max()
     assert len({token for tokens in tokens_of(outputs) for token in tokens}) > 2 * len(outputs)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_of_them_have_fused_layers_in_graphs(name: str) -> None:
+    llm = build(name, "cuda")
+    executor: Any = llm.engine.executor
+    assert type(executor.network).__name__ == "FusedNetwork", llm.model.fused
+    assert executor.graphs is not None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["gemma2", *sorted(MOE)])
+def test_transformers_own_layers_in_graphs(name: str) -> None:
+    """Experts included: transformers groups them without asking the device how many tokens each has."""
+    wanted, got = (build(name, "cuda", fused=False, graphs=graphs) for graphs in (False, True))
+    executor: Any = got.engine.executor
+    assert executor.graphs is not None
+    both = (tokens_of(llm.generate(prompts(), greedy(24))) for llm in (wanted, got))
+    for prompt, one, other in zip(prompts(), *both, strict=True):
+        assert not unexplained(name, "cuda", prompt, one, other)
 
 
 @pytest.mark.cuda

@@ -37,6 +37,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 32,
@@ -60,6 +61,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "olmo2": {**SHAPE, "model_type": "olmo2"},
     "phi": {**SHAPE, "model_type": "phi"},
     "phi3": {**SHAPE, "model_type": "phi3", "sliding_window": WINDOW},
+    "phi3_partial_rotary": {**SHAPE, "model_type": "phi3", "rope_parameters": PARTIAL_ROPE},
     "gpt2": {**GPT2, "model_type": "gpt2", "pad_token_id": 0},
     "granite": {
         **SHAPE,
@@ -73,6 +75,14 @@ ZOO: dict[str, dict[str, Any]] = {
     "smollm3": {**SHAPE, "model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "starcoder2": {**SHAPE, "model_type": "starcoder2", "sliding_window": WINDOW},
     "mixtral": {**SHAPE, **EXPERTS, "model_type": "mixtral", "num_local_experts": 4},
+    "qwen2_moe": {
+        **SHAPE,
+        **EXPERTS,
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
     "qwen3_moe": {**SHAPE, **EXPERTS, "model_type": "qwen3_moe", "num_experts": 4},
     "stablelm": {**SHAPE, "model_type": "stablelm", "use_parallel_residual": True},
     "gpt_neox": {**SHAPE, "model_type": "gpt_neox"},

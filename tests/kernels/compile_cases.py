@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
-from llmkit.model import layer_kernels, row_kernels
+from llmkit.model import expert_kernels, layer_kernels, row_kernels
 from llmkit.model.sampling.device_sampler import DeviceSampler
+from llmkit.model.structure import ACTIVATIONS
 from llmkit_attention.flash.backend import FlashAttention
 from tests.kernels.compiler import Resources, compiling, kernels_of_the_project, resources
 
@@ -94,6 +95,7 @@ def between_products(shape: Shape) -> None:
     hidden, weight = tensor(4, shape.hidden_size), (tensor(shape.hidden_size), 1e-6)
     layer_kernels.add_rms_norm(hidden, None, weight)
     layer_kernels.add_rms_norm(hidden, hidden, weight)
+    layer_kernels.add_rms_norm(hidden, hidden, weight, (weight[0].float(), 1e-6))
     qkv = tensor(4, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
     norm = (tensor(spec.head_dim), 1e-6) if shape.normed else None
     table = tensor(4, 1, spec.head_dim)
@@ -101,7 +103,8 @@ def between_products(shape: Shape) -> None:
     pools = tensor(2, NUM_BLOCKS, spec.num_kv_heads, BLOCK, spec.head_dim)
     slots = KeyValueSlots(pools[0], pools[1], torch.zeros(4, dtype=torch.int64))
     layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table, slots)
-    layer_kernels.silu_and_multiply(tensor(4, 2 * shape.intermediate_size))
+    for activation in ACTIVATIONS:
+        layer_kernels.activate_and_multiply(tensor(4, 2 * shape.intermediate_size), activation)
 
 
 def products_of_rows(shape: Shape) -> None:
@@ -120,6 +123,22 @@ def products_of_rows(shape: Shape) -> None:
         row_kernels.multiply_rows(tensor(rows, inner), (tensor(hidden, inner), None), residual=residual)
 
 
+def experts(shape: Shape) -> None:
+    """As if the model had experts as wide as its layers, for few tokens each, for some and for many."""
+    num_experts, hidden, inner = 8, shape.hidden_size, shape.intermediate_size
+    for dtype in (torch.bfloat16, torch.float32):
+        gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype)
+        down = torch.empty(num_experts, hidden, inner, dtype=dtype)
+        for rows in (1, 128, 2048):
+            routing = expert_kernels.route(torch.empty(rows, num_experts, dtype=dtype), 2, normalises=True)
+            for activation in ACTIVATIONS:
+                expert_kernels.multiply_experts(
+                    torch.empty(rows, hidden, dtype=dtype), routing, gate_up, down, activation
+                )
+    expert_kernels.routing_of(torch.empty(4, 6), torch.zeros(4, 6, dtype=torch.int64), 64)
+    expert_kernels.route(torch.empty(4, 128, dtype=torch.bfloat16), 8, normalises=False)
+
+
 def sampler(shape: Shape) -> None:
     """The choice of tokens, with and without a table of tokens to store them in, and by filters."""
     logits, numbers = torch.empty(4, shape.vocab_size, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
@@ -134,6 +153,7 @@ LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
     "between products": between_products,
     "products of rows": products_of_rows,
+    "experts": experts,
     "sampler": sampler,
 }
 

@@ -11,6 +11,7 @@ from tests.kernels.running import INTERPRETED, ROOT, run_cases
 
 FLASH, MODEL, SAMPLING = "plugins/llmkit_attention/flash", "llmkit/model", "llmkit/model/sampling"
 ATTENTION, LAYERS = "tests/attention/flash_cases.py", "tests/model/layer_kernel_cases.py"
+EXPERTS = "tests/model/expert_kernel_cases.py"
 SAMPLER = "tests/model/device_sampler_cases.py"
 WINDOWS = "shared_kv_heads_and_windows and 2-40"
 BUGS = {
@@ -72,10 +73,66 @@ BUGS = {
     ),
     "gate and up are swapped": (
         f"{MODEL}/layer_kernels.py",
-        "gate * tl.sigmoid(gate) * up",
-        "up * tl.sigmoid(up) * gate",
+        "gated(gate, up, ACTIVATION)",
+        "gated(up, gate, ACTIVATION)",
         LAYERS,
-        "silu",
+        "activate",
+    ),
+    "the cube of a gate is forgotten": (
+        f"{MODEL}/gate_kernel.py",
+        "0.044715 * gate * gate * gate",
+        "0.0 * gate",
+        LAYERS,
+        "activate and gelu",
+    ),
+    "what is added has the other norm": (
+        f"{MODEL}/layer_kernels.py",
+        "tl.load(delta_weight + column",
+        "tl.load(weight + column",
+        LAYERS,
+        "may_be_normalised",
+    ),
+    "numbers that do not turn are turned": (
+        f"{MODEL}/layer_kernels.py",
+        "turns = column < rotary_dim",
+        "turns = column < head_dim",
+        LAYERS,
+        "behind_the_rotary",
+    ),
+    "an expert takes its neighbour's tile": (
+        f"{MODEL}/expert_kernels.py",
+        "tl.sum((ends <= tile)",
+        "tl.sum((ends < tile)",
+        EXPERTS,
+        "test_experts and 64-24",
+    ),
+    "the second tile of an expert begins like its first": (
+        f"{MODEL}/expert_kernels.py",
+        "(tile - first) * TOKENS +",
+        "0 * TOKENS +",
+        EXPERTS,
+        "test_experts and 64-48",
+    ),
+    "experts read the pair's row instead of the token's": (
+        f"{MODEL}/expert_kernels.py",
+        "SHARED_BY=top_k if activation else 1",
+        "SHARED_BY=1",
+        EXPERTS,
+        "test_experts and 64-24",
+    ),
+    "weights are not made to sum to 1": (
+        f"{MODEL}/expert_kernels.py",
+        "if NORMALISES:",
+        "if NORMALISES and num_experts < 0:",
+        EXPERTS,
+        "test_route",
+    ),
+    "there is no tile for what fills no tile": (
+        f"{MODEL}/expert_kernels.py",
+        "min(num_experts, rows * top_k) + rows",
+        "rows",
+        EXPERTS,
+        "test_experts and 64-24",
     ),
     "blocks are weighed by their own maximum": (
         f"{SAMPLING}/device_draw.py",

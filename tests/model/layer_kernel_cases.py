@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from llmkit.interfaces.attention import KeyValueSlots
 from llmkit.model import layer_kernels as kernels
 from llmkit.model.row_kernels import MAX_ROWS, WHOLE_WIDTH, multiply_rows
+from llmkit.model.structure import ACTIVATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -42,6 +43,17 @@ def test_add_rms_norm(dtype: torch.dtype, width: int, adds: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 1000])
+def test_what_is_added_may_be_normalised(dtype: torch.dtype, width: int) -> None:
+    """With gains in float32, as Gemma's are."""
+    x, delta = noise(5, width, dtype=dtype), 0.01 * noise(5, width, dtype=dtype, seed=2)
+    weight, of_delta = (1 + noise(width, dtype=torch.float32, seed=seed) / 4 for seed in (1, 3))
+    total, normed = kernels.add_rms_norm(x, delta, (weight, 1e-3), (of_delta, 1e-5))
+    close(total, x.double() + rms(delta, of_delta, 1e-5))
+    close(normed, rms(total, weight, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 64), (1, 1, 8), (6, 3, 80), (5, 1, 128)])
 @pytest.mark.parametrize("norms", [True, False])
 def test_norm_and_rotate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, norms: bool) -> None:
@@ -57,11 +69,23 @@ def test_norm_and_rotate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 16), (80, 20), (8, 2)])
+def test_numbers_behind_the_rotary_ones_stay(dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
+    qkv = noise(3, 6, head_dim, dtype=dtype)
+    cos, sin = (noise(3, 1, rotary_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    got = kernels.norm_and_rotate(qkv, 3, 1, None, None, cos, sin)
+    turned = qkv[:, :4, :rotary_dim].double()
+    close(got[..., :rotary_dim], turned * cos + turned.roll(rotary_dim // 2, -1) * sin)
+    assert torch.equal(got[..., rotary_dim:], qkv[:, :4, rotary_dim:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 864, 1024, 3000])
-def test_silu_and_multiply(dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate_and_multiply(dtype: torch.dtype, width: int, activation: str) -> None:
     gate_up = noise(4, 2 * width, dtype=dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
-    close(kernels.silu_and_multiply(gate_up), F.silu(gate) * up)
+    close(kernels.activate_and_multiply(gate_up, activation), ACTIVATIONS[activation](gate) * up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
