@@ -26,6 +26,11 @@ def takes_kernels(weight: Tensor) -> bool:
     return weight.device.type == "cuda" and weight.dtype is not torch.float64
 
 
+def is_silu(layer: GatedLayer | ExpertLayer) -> bool:
+    """Whether `layer` is a gated product with SiLU that Triton kernels compute."""
+    return isinstance(layer, GatedLayer) and layer.kernel_activation == "silu"
+
+
 class GatedLayer:
     """`down(activation(gate(x)) * up(x))`, with gate and up as one product."""
 

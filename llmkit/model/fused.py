@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from llmkit.interfaces.attention import KeyValueSlots, LayerSpec
-from llmkit.model.feed_forward import feed_forward, takes_kernels
+from llmkit.model.feed_forward import feed_forward, is_silu, takes_kernels
 from llmkit.model.linear import linear, merge
 from llmkit.model.loading import LoadedModel
 from llmkit.model.structure import norm_of, rms, rotary_kinds, rotary_table, rotate
@@ -39,7 +39,8 @@ class Attention(Protocol):
 class FusedLayer:
     """One pre-norm decoder layer: RMSNorm, attention with rotary embedding, RMSNorm, feed-forward.
 
-    `after_attention` and `after_feed_forward` are norms of what is added to the hidden states, None for none.
+    `after_attention` and `after_feed_forward` are norms of what is added to the hidden states, None for none; `is_plain`
+    without them and with a SiLU gate, as in a Llama.
     """
 
     def __init__(self, layer: Any, spec: LayerSpec) -> None:
@@ -59,6 +60,7 @@ class FusedLayer:
         }
         self.qkv, self.out = (linear(*pair) for pair in self.weights.values())
         self.feed_forward = feed_forward(layer.mlp)
+        self.is_plain = is_silu(self.feed_forward) and self.after_attention is self.after_feed_forward is None
         self._kernels = layer_kernels(self)
 
     def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention) -> torch.Tensor:

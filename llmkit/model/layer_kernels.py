@@ -13,7 +13,6 @@ from torch import Tensor
 
 from llmkit.cuda import overlap, wait_for_previous
 from llmkit.interfaces.attention import KeyValueSlots
-from llmkit.model.feed_forward import GatedLayer
 from llmkit.model.gate_kernel import gated
 from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
 from llmkit.model.structure import Norm
@@ -24,7 +23,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """A `FusedLayer` on `hidden` + `delta` [N, hidden_size]; arguments and result as in `FusedLayer.extend`."""
     rows, width = hidden.shape
-    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE and _suits_few(layer):
+    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE and layer.is_plain:
         return run_few(layer, hidden, cos, sin, attend), None
     spec = layer.spec
     hidden, normed = add_rms_norm(hidden, delta, layer.input_norm)
@@ -46,12 +45,6 @@ def run_few(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -
     hidden = multiply_rows(context, layer.weights["out"], residual=hidden)
     inner = multiply_rows(hidden, feed_forward["gate_up"], norm=layer.post_norm, gated=True)
     return multiply_rows(inner, feed_forward["down"], residual=hidden)
-
-
-def _suits_few(layer: Any) -> bool:
-    """Whether nothing stands between a layer's products but what `multiply_rows` takes in."""
-    is_gated = isinstance(layer.feed_forward, GatedLayer) and layer.feed_forward.kernel_activation == "silu"
-    return is_gated and layer.after_attention is None and layer.after_feed_forward is None
 
 
 def rotate_and_attend(layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
