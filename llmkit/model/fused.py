@@ -39,8 +39,8 @@ class Attention(Protocol):
 class FusedLayer:
     """One pre-norm decoder layer: RMSNorm, attention with rotary embedding, RMSNorm, feed-forward.
 
-    `after_attention` and `after_feed_forward` are norms of what is added to the hidden states, None for none; `is_plain`
-    without them and with a SiLU gate, as in a Llama.
+    `after_attention` and `after_feed_forward` are norms of what is added to the hidden states, None for none;
+    `is_plain` without them and with a SiLU gate, as in a Llama.
     """
 
     def __init__(self, layer: Any, spec: LayerSpec) -> None:
