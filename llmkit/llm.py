@@ -158,7 +158,7 @@ class LLM:
                 raise RequestError(f"the prompt cannot be encoded: {first_line(error)}") from error
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not _are_ids(prompt):
             raise RequestError("a prompt is a string or a list of token ids")
-        return list(prompt)
+        return [*map(int, prompt)]
 
     def _encode_chat(self, conversation: Any) -> list[int]:
         tokenizer = self._tokenizer()

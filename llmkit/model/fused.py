@@ -17,7 +17,7 @@ from llmkit.interfaces.attention import KeyValueSlots, LayerSpec
 from llmkit.model.feed_forward import feed_forward, is_silu, takes_kernels
 from llmkit.model.linear import linear, merge
 from llmkit.model.loading import LoadedModel
-from llmkit.model.structure import norm_of, rms, rotary_kinds, rotary_table, rotate
+from llmkit.model.structure import Norm, norm_of, rms, rotary_kinds, rotary_table, rotate
 
 
 class Attention(Protocol):
@@ -40,7 +40,7 @@ class FusedLayer:
     """One pre-norm decoder layer: RMSNorm, attention with rotary embedding, RMSNorm, feed-forward.
 
     `after_attention` and `after_feed_forward` are norms of what is added to the hidden states, None for none;
-    `is_plain` without them and with a SiLU gate, as in a Llama.
+    `is_plain` without them and with a SiLU gate, as in a Llama. `next_norm`, if known, is that of the layer behind.
     """
 
     def __init__(self, layer: Any, spec: LayerSpec) -> None:
@@ -60,6 +60,7 @@ class FusedLayer:
         }
         self.qkv, self.out = (linear(*pair) for pair in self.weights.values())
         self.feed_forward = feed_forward(layer.mlp)
+        self.next_norm: Norm | None = None
         self.is_plain = is_silu(self.feed_forward) and self.after_attention is self.after_feed_forward is None
         self._kernels = layer_kernels(self)
 
@@ -68,15 +69,18 @@ class FusedLayer:
         return total(*self.extend(hidden, None, cos, sin, attend))
 
     def extend(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer on `hidden` + `delta`; returns two parts as well, whose sum the next layer takes with its norm."""
+        self, hidden: torch.Tensor, ahead: Any, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
+    ) -> tuple[torch.Tensor, Any]:
+        """The layer on `hidden` and what the layer before left to it, `ahead`; returns both of its own.
+
+        `ahead` is a tensor that is still to be added, None, or what only kernels understand; see `total`.
+        """
         spec = self.spec
         num_rotated = spec.num_heads + spec.num_kv_heads
         if self._kernels is not None:
-            parts: tuple[torch.Tensor, torch.Tensor | None] = self._kernels.run(self, hidden, delta, cos, sin, attend)
+            parts: tuple[torch.Tensor, Any] = self._kernels.run(self, hidden, ahead, cos, sin, attend)
             return parts
-        hidden = total(hidden, delta)
+        hidden = total(hidden, ahead)
         qkv = self.qkv(rms(hidden, self.input_norm))
         heads = qkv.view(hidden.shape[0], num_rotated + spec.num_kv_heads, spec.head_dim)
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
@@ -91,9 +95,9 @@ class FusedLayer:
         return hidden, update if self.after_feed_forward is None else rms(update, self.after_feed_forward)
 
 
-def total(hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-    """The sum of what a layer returns in two parts."""
-    return hidden if delta is None else hidden + delta
+def total(hidden: torch.Tensor, ahead: Any, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """The hidden states of `rows` behind a layer that returned `hidden` and `ahead`."""
+    return hidden[rows] + ahead[rows] if isinstance(ahead, torch.Tensor) else hidden[rows]
 
 
 def layer_kernels(layer: FusedLayer) -> Any:
@@ -124,6 +128,9 @@ class FusedDecoder:
             for kind in dict.fromkeys(self._kinds)
         }
         self.layers = [FusedLayer(layer, spec) for layer, spec in zip(decoder.layers, specs, strict=True)]
+        norms = [layer.input_norm for layer in self.layers] + [self._norm]
+        for layer, norm in zip(self.layers, norms[1:], strict=True):
+            layer.next_norm = norm
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attentions: Sequence[Attention]
@@ -131,10 +138,10 @@ class FusedDecoder:
         """Arguments and result as in `Network`; `attentions` by layer."""
         hidden = self.embed(input_ids)
         tables = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self._tables.items()}
-        delta: torch.Tensor | None = None
+        ahead: Any = None
         for layer, kind, attend in zip(self.layers, self._kinds, attentions, strict=True):
-            hidden, delta = layer.extend(hidden, delta, *tables[kind], attend)
-        return self.logits(total(hidden[rows], None if delta is None else delta[rows]))
+            hidden, ahead = layer.extend(hidden, ahead, *tables[kind], attend)
+        return self.logits(total(hidden, ahead, rows))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the first layer reads, [N, hidden_size]."""

@@ -16,17 +16,22 @@ from llmkit.interfaces.attention import KeyValueSlots
 from llmkit.model.gate_kernel import gated
 from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
 from llmkit.model.structure import Norm
+from llmkit.model.tile_kernels import MAX_ROWS as MAX_TILED_ROWS
+from llmkit.model.tile_kernels import MAX_WEIGHTS, Normed, multiply, multiply_and_norm
+
+Ahead = Tensor | Normed | None
+"""What a layer leaves to the next one: a sum to take, or its norm as far as it goes."""
 
 
-def run(
-    layer: Any, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A `FusedLayer` on `hidden` + `delta` [N, hidden_size]; arguments and result as in `FusedLayer.extend`."""
+def run(layer: Any, hidden: Tensor, ahead: Ahead, cos: Tensor, sin: Tensor, attend: Any) -> tuple[Tensor, Ahead]:
+    """A `FusedLayer` on `hidden` [N, hidden_size] and what is `ahead`; arguments and result as `FusedLayer.extend`."""
     rows, width = hidden.shape
-    if delta is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE and layer.is_plain:
+    if ahead is None and rows <= MAX_ROWS and rows * width <= MAX_SIZE and layer.is_plain:
         return run_few(layer, hidden, cos, sin, attend), None
+    if rows <= MAX_TILED_ROWS and layer.is_plain and is_small(layer):
+        return run_tiles(layer, hidden, ahead, cos, sin, attend)
     spec = layer.spec
-    hidden, normed = add_rms_norm(hidden, delta, layer.input_norm)
+    hidden, normed = add_rms_norm(hidden, None if isinstance(ahead, Normed) else ahead, layer.input_norm)
     qkv = layer.qkv(normed).view(rows, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
     context = rotate_and_attend(layer, qkv, cos, sin, attend)
     hidden, normed = add_rms_norm(hidden, layer.out(context), layer.post_norm, layer.after_attention)
@@ -34,6 +39,29 @@ def run(
     if layer.after_feed_forward is not None:
         update = add_rms_norm(update, None, layer.after_feed_forward)[1]
     return hidden, update
+
+
+def is_small(layer: Any) -> bool:
+    """Whether kernel boundaries cost more than reading the weights of each product."""
+    weights = [*layer.weights.values(), *layer.feed_forward.weights.values()]
+    return all(weight.numel() <= MAX_WEIGHTS for weight, _ in weights)
+
+
+def run_tiles(layer: Any, hidden: Tensor, ahead: Ahead, cos: Tensor, sin: Tensor, attend: Any) -> tuple[Tensor, Ahead]:
+    """A `FusedLayer` for some dozens of tokens: norms, activation and sums are parts of the products."""
+    spec, feed_forward = layer.spec, layer.feed_forward.weights
+    normed: Tensor | Normed
+    if isinstance(ahead, Normed):
+        normed = ahead
+    else:
+        hidden, normed = add_rms_norm(hidden, ahead, layer.input_norm)
+    heads = multiply(normed, layer.weights["qkv"]).view(len(hidden), -1, spec.head_dim)
+    context = rotate_and_attend(layer, heads, cos, sin, attend)
+    hidden, normed = multiply_and_norm(context, layer.weights["out"], hidden, layer.post_norm)
+    inner = multiply(normed, feed_forward["gate_up"], gated=True)
+    if layer.next_norm is None:
+        return multiply(inner, feed_forward["down"], hidden), None
+    return multiply_and_norm(inner, feed_forward["down"], hidden, layer.next_norm)
 
 
 def run_few(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:

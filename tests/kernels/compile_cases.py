@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
-from llmkit.model import expert_kernels, layer_kernels, row_kernels
+from llmkit.model import expert_kernels, layer_kernels, row_kernels, tile_kernels
 from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.structure import ACTIVATIONS
 from llmkit_attention.flash.backend import FlashAttention
@@ -139,6 +139,25 @@ def experts(shape: Shape) -> None:
     expert_kernels.route(torch.empty(4, 128, dtype=torch.bfloat16), 8, normalises=False)
 
 
+def products_of_tiles(shape: Shape) -> None:
+    """The products of a fused layer for some dozens of tokens, where weights are small."""
+    spec, hidden, inner = shape.layers[0], shape.hidden_size, shape.intermediate_size
+    heads, context = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, spec.num_heads * spec.head_dim
+
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=torch.bfloat16)
+
+    for rows in (8, 24, tile_kernels.MAX_ROWS):
+        norm, residual = (tensor(hidden), 1e-6), tensor(rows, hidden)
+        tile_kernels.multiply(residual, (tensor(heads, hidden), None))
+        added, normed = tile_kernels.multiply_and_norm(
+            tensor(rows, context), (tensor(hidden, context), None), residual, norm
+        )
+        tile_kernels.multiply(normed, (tensor(heads, hidden), tensor(heads)))
+        tile_kernels.multiply(normed, (tensor(2 * inner, hidden), None), gated=True)
+        tile_kernels.multiply(tensor(rows, inner), (tensor(hidden, inner), None), added)
+
+
 def sampler(shape: Shape) -> None:
     """The choice of tokens, with and without a table of tokens to store them in, and by filters."""
     logits, numbers = torch.empty(4, shape.vocab_size, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
@@ -153,6 +172,7 @@ LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
     "between products": between_products,
     "products of rows": products_of_rows,
+    "products of tiles": products_of_tiles,
     "experts": experts,
     "sampler": sampler,
 }

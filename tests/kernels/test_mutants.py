@@ -12,6 +12,7 @@ from tests.kernels.running import INTERPRETED, ROOT, run_cases
 FLASH, MODEL, SAMPLING = "plugins/llmkit_attention/flash", "llmkit/model", "llmkit/model/sampling"
 ATTENTION, LAYERS = "tests/attention/flash_cases.py", "tests/model/layer_kernel_cases.py"
 EXPERTS = "tests/model/expert_kernel_cases.py"
+TILES = "tests/model/tile_kernel_cases.py"
 SAMPLER = "tests/model/device_sampler_cases.py"
 WINDOWS = "shared_kv_heads_and_windows and 2-40"
 BUGS = {
@@ -98,6 +99,41 @@ BUGS = {
         "turns = column < head_dim",
         LAYERS,
         "behind_the_rotary",
+    ),
+    "a norm is taken without its last part": (
+        f"{MODEL}/tile_kernels.py",
+        "(part < PARTS)",
+        "(part < PARTS - 1)",
+        TILES,
+        "of_a_norm and 64-64-16",
+    ),
+    "only one part of the width is added up": (
+        f"{MODEL}/tile_kernels.py",
+        "tl.static_range(SPLITS)",
+        "tl.static_range(1)",
+        TILES,
+        "added_alike",
+    ),
+    "counts of parts are left behind": (
+        f"{MODEL}/tile_kernels.py",
+        "tl.store(arrivals + number, 0)",
+        "tl.store(arrivals + number, 1)",
+        TILES,
+        "added_alike",
+    ),
+    "gates of a tile take their neighbours": (
+        f"{MODEL}/tile_kernels.py",
+        "(2, HALF, ROWS)), (1, 2, 0)",
+        "(HALF, 2, ROWS)), (0, 2, 1)",
+        TILES,
+        "of_a_norm and True-64-64-16",
+    ),
+    "squares are those of the scaled numbers": (
+        f"{MODEL}/tile_kernels.py",
+        "tl.sum(value * value, 0)",
+        "tl.sum(value * value * gains[:, None], 0)",
+        TILES,
+        "its_norm and 64-64-16",
     ),
     "an expert takes its neighbour's tile": (
         f"{MODEL}/expert_kernels.py",

@@ -1,4 +1,4 @@
-"""Runs `layer_kernel_cases.py` and `expert_kernel_cases.py` on a GPU; without one see `tests/kernels`."""
+"""Runs the cases of layers' kernels on a GPU; without one see `tests/kernels`."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from tests.kernels.running import run_cases
 
 @pytest.mark.cuda
 def test_on_a_gpu() -> None:
-    run_cases("tests/model/layer_kernel_cases.py", "tests/model/expert_kernel_cases.py")
+    run_cases(*(f"tests/model/{name}_kernel_cases.py" for name in ("layer", "tile", "expert")))
