@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from llmkit.config import Choice, choose, validate
-from llmkit.engine.assembly import build_backend, build_engine, requirements_of
 from llmkit.engine.detokenizer import StreamDetokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import check_request
@@ -19,12 +16,18 @@ from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError, did_you_mean
 from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.clock import Clock
-from llmkit.model.architecture import first_line
-from llmkit.model.loading import LoadedModel, load_model
+from llmkit.model.lean import lean_imports
 from llmkit.model.spec import ModelSpec
 from llmkit.outputs import Collector, StreamOutput
 from llmkit.plugins import load_plugins
 from llmkit.types import Request, RequestOutput, SamplingParams
+
+with lean_imports():
+    import torch
+
+    from llmkit.engine.assembly import build_backend, build_engine, requirements_of
+    from llmkit.model.architecture import first_line
+    from llmkit.model.loading import LoadedModel, load_model
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""

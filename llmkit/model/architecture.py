@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from transformers import PretrainedConfig
 
 from llmkit.errors import ModelError
 from llmkit.interfaces.attention import LayerSpec
+from llmkit.model.lean import lean_imports
 from llmkit.model.routing import PROBE, mask_of, routed
 
-AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
+with lean_imports():
+    import transformers
+    from transformers import PretrainedConfig
+
+    AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
 
 IGNORED_OPTIONS = frozenset(
     {"attention_mask", "scaling", "sliding_window", "softcap", "dropout", "position_ids", "use_cache", "is_causal"}

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PretrainedConfig
 
 from llmkit.errors import CapacityError, ModelError
 from llmkit.model.architecture import Architecture, first_line, inspect_architecture
+from llmkit.model.lean import lean_imports
 from llmkit.model.memory import free_bytes
 from llmkit.model.routing import IMPLEMENTATION
 from llmkit.model.spec import ModelSpec
 
-# Transformers is typed in parts only, and which parts changes between its releases.
-AutoConfig: Any = transformers.AutoConfig
-AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
-AutoTokenizer: Any = transformers.AutoTokenizer
-transformers_logging: Any = transformers.utils.logging
+with lean_imports():
+    import transformers
+    from transformers import PretrainedConfig
+
+    # Transformers is typed in parts only, and which parts changes between its releases.
+    AutoConfig: Any = transformers.AutoConfig
+    AutoModelForCausalLM: Any = transformers.AutoModelForCausalLM
+    transformers_logging: Any = transformers.utils.logging
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -84,7 +86,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
     """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively."""
     dtype = dtype or native_dtype(device)
-    with _quiet_transformers():
+    with _quiet_transformers(), lean_imports():
         config = load_config(spec)
         architecture = inspect_architecture(config)
         _check_room(spec, architecture.num_parameters * dtype.itemsize, device)
@@ -181,7 +183,7 @@ def _tokenizer(spec: ModelSpec) -> Any:
     if folder is None or (folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
     except Exception as error:
         if folder.is_dir():
             raise ModelError(f"cannot load the tokenizer in {spec.path!r}: {first_line(error)}") from error

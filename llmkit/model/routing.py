@@ -13,7 +13,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+
+from llmkit.model.lean import lean_imports
+
+with lean_imports():
+    from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "llmkit"
 PROBE = "llmkit_probe"

@@ -1,0 +1,266 @@
+"""Imports transformers without what no run of llmkit uses, which is most of the time such an import takes.
+
+Its modelling code also imports torch._dynamo, torch.distributed.tensor and sympy, and accelerate, scikit-learn or
+torchvision where they are installed; it reads every file of its 500 model folders, twice, and the file lists of all
+installed distributions. Inside `lean_imports` all that waits: a name that is imported from such a module stands for the
+real one until it is called, subclassed or looked into. Behind the block nothing of it is left in `sys.modules`, so
+whoever imports those modules afterwards gets them as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, wraps
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, Union, Unpack
+
+DYNAMO = "torch._dynamo"
+DEFERRED = (
+    DYNAMO,
+    *(f"torch.{name}" for name in ("distributed.checkpoint", "distributed.fsdp", "distributed.tensor")),
+    "torch.nn.attention.flex_attention",
+    *(f"transformers.distributed.{name}" for name in ("checkpoint", "expert_parallel", "fsdp", "parallel_utils")),
+    *(f"transformers.distributed.{name}" for name in ("pipeline_parallel", "sharding_utils", "tensor_parallel")),
+    "transformers.generation.continuous_batching.cache",
+    *(f"transformers.integrations.{name}" for name in ("deepgemm", "finegrained_fp8", "flash_paged", "flex_attention")),
+    *(f"transformers.{name}" for name in ("image_utils", "loss.loss_utils", "processing_utils", "quantizers.auto")),
+    *("accelerate", "httpx._main", "librosa", "sklearn", "torchaudio", "torchvision"),
+)
+"""Modules that wait, with all below them. A name that some version of transformers does not know does no harm."""
+UNREAD = "transformers.models"
+"""The package whose own code reads every file below it; its submodules are imported as usual."""
+MARKS = ("allow_in_graph", "assume_constant_result")
+"""Decorators of torch._dynamo that return what they are given; they are applied when torch._dynamo is imported."""
+
+
+@contextmanager
+def lean_imports() -> Iterator[None]:
+    """A block whose imports bring `DEFERRED` in when used only. What is imported already stays; blocks may nest.
+
+    Garbage is not collected meanwhile: imports make hundreds of thousands of objects and hardly any garbage.
+    """
+    if _Finder.current is not None:
+        yield
+        return
+    collects = gc.isenabled()
+    gc.disable()
+    finder = _Finder.current = _Finder()
+    listed = importlib.metadata.packages_distributions
+    sys.meta_path.insert(0, finder)
+    importlib.metadata.packages_distributions = lambda: _Distributions(listed)
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = listed
+        sys.meta_path.remove(finder)
+        finder.forget(*DEFERRED, UNREAD)
+        _Finder.current = None
+        if collects:
+            gc.enable()
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Answers imports of deferred modules, if they exist at all, with stand-ins."""
+
+    current: _Finder | None = None
+
+    def __init__(self) -> None:
+        self._wanted: set[str] = set()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        root = _root_of(name)
+        if root is None or root in self._wanted:
+            return None
+        spec = ModuleSpec(name, self, is_package=True)
+        if name == root:
+            real = PathFinder.find_spec(name, path)
+            if real is None:
+                return None
+            if name == UNREAD:
+                spec.submodule_search_locations = real.submodule_search_locations
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Absent(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+    def bring(self, name: str) -> None:
+        """From now on imports of `name`, and of what is deferred with it, are real."""
+        root = _root_of(name)
+        if root is not None:
+            self._wanted.add(root)
+            self.forget(root)
+
+    @staticmethod
+    def forget(*roots: str) -> None:
+        """Take stand-ins out of `sys.modules` and of the packages that they are in."""
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _Absent) and any(name == root or name.startswith(f"{root}.") for root in roots):
+                del sys.modules[name]
+                package, _, last = name.rpartition(".")
+                if isinstance(getattr(sys.modules.get(package), "__dict__", {}).get(last), _Absent):
+                    delattr(sys.modules[package], last)
+
+
+def _root_of(name: str) -> str | None:
+    """What keeps `name` waiting, if anything does."""
+    if name == UNREAD:
+        return UNREAD
+    return next((root for root in DEFERRED if name == root or name.startswith(f"{root}.")), None)
+
+
+class _Absent(ModuleType):
+    """Stands for a deferred module; whatever is asked of it is a name that may be wanted later."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "Unpack":  # all that modelling code wants of transformers.processing_utils
+            return Unpack
+        inner = f"{self.__name__}.{name}"
+        if self.__name__ == UNREAD and importlib.util.find_spec(inner) is not None:
+            return importlib.import_module(inner)
+        return sys.modules.get(inner) or _Later(self.__name__, name)
+
+
+class _Later:
+    """Stands for one name of a deferred module, as a class, a function or a constant."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.__module__, self.__name__ = module, name
+
+    @cached_property
+    def _real(self) -> Any:
+        if _Finder.current is not None:
+            _Finder.current.bring(self.__module__)
+        return getattr(importlib.import_module(self.__module__), self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # typing asks for some of these whenever it meets an annotation
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.__module__ == DYNAMO and not _is_loaded(DYNAMO):
+            if self.__name__ in MARKS:
+                return _when_dynamo_comes(self.__name__, *args)
+            if self.__name__ == "disable" and args:
+                return _disabled_later(*args, **options)
+        return self._real(*args, **options)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        # Nothing is an instance of a class of a module that never ran.
+        return _is_loaded(self.__module__) and isinstance(instance, self._real)
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return _is_loaded(self.__module__) and issubclass(subclass, self._real)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any]:
+        return (self._real,)
+
+    def __or__(self, other: Any) -> Any:
+        return Union[self, other]  # noqa: UP007 - X | Y would ask us again
+
+    def __ror__(self, other: Any) -> Any:
+        return Union[other, self]  # noqa: UP007
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._real[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._real
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._real)
+
+    def __len__(self) -> int:
+        return len(self._real)
+
+
+def _is_loaded(name: str) -> bool:
+    return not isinstance(sys.modules.get(name), _Absent | None)
+
+
+def _disabled_later(function: Any, *args: Any, **options: Any) -> Any:
+    """`torch._dynamo.disable(function, ...)`. Nothing can be compiled before torch._dynamo is there, so until then
+    `function` itself will do: many of torch's meta kernels ask for this when they first run."""
+    disabled: Any = None
+
+    @wraps(function)
+    def run(*inputs: Any, **keywords: Any) -> Any:
+        nonlocal disabled
+        if not _is_loaded(DYNAMO):
+            return function(*inputs, **keywords)
+        if disabled is None:
+            disabled = sys.modules[DYNAMO].disable(function, *args, **options)
+        return disabled(*inputs, **keywords)
+
+    return run
+
+
+def _when_dynamo_comes(mark: str, function: Any) -> Any:
+    """Have torch._dynamo mark `function` as soon as somebody imports it, as in an ordinary import it would now."""
+    waiting = next((finder for finder in sys.meta_path if isinstance(finder, _Marking)), None)
+    if waiting is None:
+        waiting = _Marking()
+        sys.meta_path.insert(0, waiting)
+    waiting.marks.append((mark, function))
+    return function
+
+
+class _Marking(MetaPathFinder):
+    """Finds torch._dynamo as usual, but has it handed the functions that were waiting for it."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[str, Any]] = []
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == DYNAMO else None
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_mark(module: ModuleType) -> None:
+                run(module)
+                sys.meta_path.remove(self)
+                for mark, function in self.marks:
+                    getattr(module, mark)(function)
+
+            spec.loader.exec_module = run_and_mark  # type: ignore[method-assign]
+        return spec
+
+
+class _Distributions(Mapping[str, list[str]]):
+    """`packages_distributions()`, which lists the files of every distribution, where a name alone does not tell."""
+
+    def __init__(self, listed: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._listed = listed
+
+    @cached_property
+    def _all(self) -> Mapping[str, list[str]]:
+        return self._listed()
+
+    def __getitem__(self, package: str) -> list[str]:
+        if "_all" in self.__dict__:
+            return self._all[package]
+        try:
+            return [importlib.metadata.distribution(package).metadata["Name"]]
+        except importlib.metadata.PackageNotFoundError:
+            if importlib.util.find_spec(package) is None:
+                raise KeyError(package) from None
+        return self._all[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)

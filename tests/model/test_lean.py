@@ -1,0 +1,123 @@
+"""What transformers imports on the way to a model, and that what waited is all there afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("accelerate", "librosa", "sklearn", "torchaudio", "torchvision")
+LATE = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "transformers.models", "rich", "matplotlib")
+RUN = """
+import json, sys
+from llmkit import LLM, SamplingParams
+llm = LLM({model!r}, max_model_len=256)
+[output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0))
+assert output.error is None, output.error
+"""
+LOADED = "print(json.dumps([name for name in {names!r} if name in sys.modules]))"
+TINY = {"name": "qwen3_0_6b", "num_layers": 1}
+
+
+def run(code: str, *folders: Path) -> str:
+    """Last line that `code` prints in a process of its own, which finds packages in `folders` too."""
+    script = f"import sys\nsys.path[:0] = {[str(folder) for folder in folders]}\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder of packages that cannot be imported, but are installed as far as anybody can see."""
+    for name in HEAVY:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('{name} was imported')\n")
+        (tmp_path / f"{name}-99.0.dist-info").mkdir()
+        (tmp_path / f"{name}-99.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 99.0\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("model", ["embedded", TINY], ids=["checkpoint", "random weights"])
+def test_the_first_token_needs_no_compiler_and_no_package_that_transformers_happens_to_find(
+    model: object, installed: Path
+) -> None:
+    assert json.loads(run(RUN.format(model=model) + LOADED.format(names=LATE + HEAVY), installed)) == []
+
+
+def test_what_waited_is_there_when_somebody_wants_it() -> None:
+    later = """
+import torch, transformers
+from torch.distributed.tensor import DTensor, Shard
+from transformers.models import qwen3
+from transformers import masking_utils, modeling_utils
+assert isinstance(DTensor, type) and isinstance(Shard(0), Shard)
+assert transformers.models.qwen3 is qwen3 and transformers.models.LlamaConfig().model_type == "llama"
+assert not isinstance(1, masking_utils.BlockMask)
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2.0, 2.0]
+from torch._dynamo import trace_rules
+functions = [getattr(f, "fget", f) for f in vars(modeling_utils.PreTrainedModel).values()]
+assert any(map(trace_rules.is_callable_allowed, functions)), "nothing is marked for the compiler"
+print("all there")
+"""
+    assert run(RUN.format(model=TINY) + later) == "all there"
+
+
+def test_packages_are_lazy_inside_the_block_only_and_absent_ones_stay_absent(tmp_path: Path) -> None:
+    (tmp_path / "librosa").mkdir()
+    (tmp_path / "librosa" / "__init__.py").write_text("rate = 7\ndef load(): return 8\nclass Sound: ...\n")
+    code = """
+import gc, importlib.util
+from llmkit.model.lean import lean_imports
+with lean_imports():
+    import librosa as waiting
+    from librosa import Sound, load
+    with lean_imports():
+        from librosa import rate
+    assert importlib.util.find_spec("torchaudio") is None and not gc.isenabled()
+    try:
+        import torchaudio
+    except ImportError:
+        pass
+    assert not isinstance(3, Sound) and "librosa" in sys.modules
+assert "librosa" not in sys.modules and gc.isenabled()
+assert load() == 8 and sys.modules["librosa"] is not waiting
+import librosa
+class Loud(Sound): ...
+assert issubclass(Loud, librosa.Sound) and isinstance(librosa.Sound(), Sound) and issubclass(librosa.Sound, Sound)
+print("fine")
+"""
+    assert run(code, tmp_path) == "fine"
+
+
+def test_a_deferred_name_that_is_used_inside_the_block_is_real_from_then_on(tmp_path: Path) -> None:
+    (tmp_path / "librosa").mkdir()
+    (tmp_path / "librosa" / "__init__.py").write_text("def load(): return 8\n")
+    code = """
+from llmkit.model.lean import lean_imports
+with lean_imports():
+    from librosa import load
+    assert load() == 8
+    import librosa
+    assert librosa.load is sys.modules["librosa"].load and librosa.load.__code__
+assert sys.modules["librosa"] is librosa
+print("fine")
+"""
+    assert run(code, tmp_path) == "fine"
+
+
+def test_a_distribution_is_told_by_its_name_or_looked_up_among_all() -> None:
+    code = """
+import importlib.metadata
+from llmkit.model.lean import lean_imports
+every = importlib.metadata.packages_distributions()
+with lean_imports():
+    lazy = importlib.metadata.packages_distributions()
+assert lazy["torch"] == every["torch"] and lazy["yaml"] == every["yaml"] and lazy.get("librosa", []) == []
+assert dict(lazy) == every and importlib.metadata.packages_distributions() == every
+print("fine")
+"""
+    assert run(code) == "fine"
