@@ -167,6 +167,19 @@ def _window(mask: torch.Tensor | None, asked: int | None) -> int | None:
     """The window that the mask leaves visible; a kernel that needs no mask is told the same number by the model."""
     if mask is None:
         raise ModelError("they build no attention mask that says what is visible")
+    window = getattr(mask, "window", None)  # layers share masks, and looking at one takes a while
+    if window is None:
+        window = mask.window = _visible_window(mask)  # type: ignore[attr-defined]
+    is_full = window > PROBED_QUERIES[-1]
+    if asked and min(asked, PROBED_QUERIES[-1] + 1) != window:
+        raise ModelError(
+            f"their attention asks for a window of {asked}, their mask shows {'all' if is_full else window}"
+        )
+    return None if is_full else int(window)
+
+
+def _visible_window(mask: torch.Tensor) -> int:
+    """How many keys a query far behind sees; ModelError unless every query sees its last ones and no others."""
     visible = mask_of(mask)
     if visible is None:
         raise ModelError("they build their own attention mask")
@@ -179,12 +192,7 @@ def _window(mask: torch.Tensor | None, asked: int | None) -> int | None:
                 raise ModelError("their attention mask is neither causal nor a sliding window")
     except (IndexError, RuntimeError) as error:
         raise ModelError("their attention mask depends on more than positions") from error
-    is_full = window > farthest
-    if asked and min(asked, farthest + 1) != window:
-        raise ModelError(
-            f"their attention asks for a window of {asked}, their mask shows {'all' if is_full else window}"
-        )
-    return None if is_full else window
+    return window
 
 
 def _forgets_more_than_it_hides(text: PretrainedConfig, layers: list[LayerSpec]) -> bool:
