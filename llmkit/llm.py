@@ -16,6 +16,7 @@ from llmkit.engine.settings import EngineSettings
 from llmkit.errors import ConfigError, ModelError, RequestError, did_you_mean
 from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.clock import Clock
+from llmkit.interfaces.scheduler import Scheduler
 from llmkit.model.lean import lean_imports
 from llmkit.model.spec import ModelSpec
 from llmkit.outputs import Collector, StreamOutput
@@ -75,7 +76,7 @@ class LLM:
         )
         self.engine: Engine = build_engine(
             self.model,
-            self.registry.get("scheduler", chosen_scheduler.name).load()(chosen_scheduler.settings),
+            self._scheduler(chosen_scheduler),
             (self.registry.get("cache", chosen_cache.name).load(), chosen_cache.settings),
             self.attention,
             self.settings,
@@ -84,6 +85,12 @@ class LLM:
         )
         self._num_requests = 0
         self._collectors: list[Collector] = []
+
+    def _scheduler(self, chosen: Choice) -> Scheduler:
+        """The chosen scheduler, with limits for the model's device where none are given."""
+        settings: Any = chosen.settings
+        scheduler: Scheduler = self.registry.get("scheduler", chosen.name).load()(settings.on(self.model.device.type))
+        return scheduler
 
     def _given(self, model: LoadedModel) -> LoadedModel:
         """Refuse settings that would have loaded it differently."""

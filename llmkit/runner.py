@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llmkit.compose import Job, run_hydra, store, to_yaml
-from llmkit.config import RunConfig, plain, resolve
+from llmkit.config import Choice, RunConfig, plain, resolve
 from llmkit.errors import LlmkitError
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
@@ -71,11 +71,12 @@ class Runner:
         factory = self.registry.get("workload", config.workload.name).load()
         workload = factory(config.workload.settings)
         llm = self._llm(config)
+        scheduler = Choice(config.scheduler.name, llm.engine.planner.scheduler.settings)
         context = RunContext(
             run_dir=job.run_dir,
             sampling=config.sampling,
             seed=config.engine.seed,
-            config_text=to_yaml(plain(config)),
+            config_text=to_yaml(plain(config.model_copy(update={"scheduler": scheduler}))),
             overrides=job.overrides,
             labels=config.labels,
             device=llm.model.device.type,

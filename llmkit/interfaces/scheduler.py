@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import cache
-from typing import ClassVar, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, overload
 
 from pydantic import Field
 
@@ -220,11 +220,30 @@ class SchedulingStep(Protocol):
         ...
 
 
-class SchedulerSettings(Settings):
-    """Limits every scheduler has; the core enforces them."""
+ON_CPU = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
+ON_GPU = {"max_num_seqs": 256, "max_num_batched_tokens": 16384}
+"""Limits of those who give none."""
+if TYPE_CHECKING:
+    Limit = int
+else:
+    Limit = int | None  # null until the device is known, which no scheduler sees
+BY_DEVICE: Any = None
 
-    max_num_seqs: int = Field(64, ge=1, le=4096, description="most sequences running at once")
-    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="most tokens in one step")
+
+class SchedulerSettings(Settings):
+    """Limits every scheduler has; the core enforces them. A scheduler's own `settings` hold numbers."""
+
+    max_num_seqs: Limit = Field(
+        BY_DEVICE, ge=1, le=4096, description="most sequences running at once; null: 64 on a CPU, 256 on a GPU"
+    )
+    max_num_batched_tokens: Limit = Field(
+        BY_DEVICE, ge=1, le=1 << 20, description="most tokens in one step; null: 2048 on a CPU, 16384 on a GPU"
+    )
+
+    def on(self, device: str) -> Self:
+        """The same, with limits for a `device` of that type ("cpu", "cuda") where none are given."""
+        limits = ON_CPU if device == "cpu" else ON_GPU
+        return self.model_copy(update={name: limit for name, limit in limits.items() if getattr(self, name) is None})
 
 
 class Scheduler(ABC):
@@ -233,7 +252,7 @@ class Scheduler(ABC):
     Settings: ClassVar[type[SchedulerSettings]] = SchedulerSettings
 
     def __init__(self, settings: SchedulerSettings) -> None:
-        self.settings = settings
+        self.settings = settings.on("cpu")
 
     @abstractmethod
     def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:

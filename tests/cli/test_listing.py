@@ -55,7 +55,7 @@ def test_show_gives_defaults_bounds_and_descriptions(name: str, capsys: pytest.C
     assert text.startswith("scheduler=priority of llmkit ")
     line = row(text, "scheduler.ageing_seconds", "10.0")
     assert "number, above 0.0" in line and "one level of priority" in line
-    assert "integer, 1 to 4096" in row(text, "scheduler.max_num_seqs", "64")
+    assert "integer, 1 to 4096 or null" in row(text, "scheduler.max_num_seqs", "null")
 
 
 def test_show_a_section_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:

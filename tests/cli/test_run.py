@@ -44,7 +44,9 @@ def test_run_writes_its_folder_and_prints_a_table(
     assert "3 completed" in out and "Traceback" not in err
     assert f"llmkit: run folder: {run.relative_to(workdir)}" in err
     config = resolve(load_plugins()[0], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))  # type: ignore[arg-type]
-    assert config.labels["model"] == "tiny" and config.scheduler.settings.model_dump()["max_num_seqs"] == 2
+    limits = config.scheduler.settings.model_dump()
+    assert config.labels["model"] == "tiny" and limits["max_num_seqs"] == 2
+    assert limits["max_num_batched_tokens"] == 2048, "what the device's default came to is not written down"
 
 
 def test_sweep_loads_shared_weights_once(
@@ -102,7 +104,7 @@ def test_sweep_reports_what_cannot_run_and_runs_the_rest(
     ("argv", "says"),
     [
         (["cache=pagd"], "llmkit: unknown cache 'pagd'; did you mean 'paged'? (choices: contiguous, paged, radix)\n"),
-        (["scheduler.max_num_seqs=0"], "(allowed: integer, 1 to 4096)\n"),
+        (["scheduler.max_num_seqs=0"], "(allowed: integer, 1 to 4096 or null)\n"),
         (["model=hf"], "llmkit: model.path: a value is required\n"),
         (["model=hf", "model.path=/no/such/folder"], "/no/such/folder"),
         (["model=tiny", "workload=trace", "workload.path=/no/such/file"], "/no/such/file"),

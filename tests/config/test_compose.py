@@ -153,7 +153,7 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["-m", "scheduler=priority,mine", "scheduler.ageing_seconds=3"], "scheduler.ageing_seconds: no such option"),
         (["engine.sed=1"], "engine.sed: no such option; did you mean 'seed'?"),
         (["scheduler.max_num_seqs.x=1"], "scheduler.max_num_seqs.x: no such option"),
-        (["+scheduler.max_num_seqs=3"], "scheduler.max_num_seqs exists already: leave out the +"),
+        (["+scheduler.max_chunk_tokens=3"], "scheduler.max_chunk_tokens exists already: leave out the +"),
         (["scheduler=static,mine"], "scheduler=static,mine names several values: add -m to run them all"),
         (["scheduler=glob(*)"], "scheduler=glob(*) names several values: add -m to run them all"),
         (["-m", "scheduler=glob(zz*)"], "nothing to run: a glob matches no name"),
@@ -199,7 +199,7 @@ def test_help_lists_foreign_components_on_stdout(
     out, err = capsys.readouterr()
     assert (
         "scheduler: continuous, deadline, fair, mine, prefix_aware, priority, sequential, sjf, static" in out
-        and "max_num_batched_tokens: 2048" in out
+        and "max_num_batched_tokens: null" in out
     )
     assert err == ""
     assert not list(workdir.iterdir()), "help wrote files"

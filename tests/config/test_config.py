@@ -91,7 +91,7 @@ def test_plain_is_a_fixed_point_of_resolve(registry: Registry) -> None:
             "no such option; did you mean 'max_num_seqs'? (options: ",
         ),
         ({"scheduler": {"name": "static", "max_num_seqs": 0}}, "scheduler.max_num_seqs=0: Input should be greater"),
-        ({"scheduler": {"name": "static", "max_num_seqs": 0}}, "(allowed: integer, 1 to 4096)"),
+        ({"scheduler": {"name": "static", "max_num_seqs": 0}}, "(allowed: integer, 1 to 4096 or null)"),
         ({"scheduler": {"name": "static", "max_num_seqs": "x"}}, "scheduler.max_num_seqs='x': "),
         ({"engine": {"block_size": 4096}}, "engine.block_size=4096: Input should be less than or equal to 1024"),
         ({"engine": {"dtype": "fp8"}}, "engine.dtype='fp8': Input should be 'auto', 'float32', 'bfloat16', "),

@@ -159,7 +159,7 @@ def backends() -> Iterator[str]:
 def scheduler_options(name: str, chunk: int = 0, budget: int = 2048) -> dict[str, Any]:
     """Options of an installed scheduler, those it has of what is asked; `chunk=0` means no limit."""
     fields = installed().get("scheduler", name.removesuffix("_interrupted")).settings.model_fields
-    max_num_seqs = min(8, fields["max_num_seqs"].default)
+    max_num_seqs = min(8, fields["max_num_seqs"].default or 8)
     asked = {"max_num_batched_tokens": budget, "max_num_seqs": max_num_seqs, "max_chunk_tokens": chunk}
     return {"name": name, **{option: value for option, value in asked.items() if option in fields}}
 
