@@ -19,13 +19,14 @@ from llmkit.engine.planner import Planner
 from llmkit.engine.settings import EngineSettings
 from llmkit.engine.swap_costs import measure_costs
 from llmkit.engine.swapping import HostPool
+from llmkit.engine.trial import bytes_of_largest_steps, num_blocks_for
 from llmkit.errors import CapacityError, ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.model.loading import LoadedModel
-from llmkit.model.memory import free_bytes
+from llmkit.model.memory import free_bytes, meter_of
 from llmkit.model.network import Network, build_network
 from llmkit.model.sampling import Sampler
 
@@ -65,32 +66,72 @@ def build_engine(
     hooks: pluggy.HookRelay | None = None,
     clock: Clock | None = None,
 ) -> Engine:
-    """Size the cache, build network, sampler and executor, and connect them. `cache`: allocator class and settings."""
-    max_num_seqs, block_size = scheduler.settings.max_num_seqs, backend.requirements.block_size
-    reach = model.architecture.max_model_len
-    if settings.max_model_len is not None:
-        if settings.max_model_len > reach:
-            raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
-        reach = settings.max_model_len
-    num_blocks = _num_blocks(model, backend, settings, max_num_seqs * -(-reach // block_size))
-    allocator = cache[0](cache[1], CacheSpec(num_blocks, block_size, window_of(backend.requirements)))
+    """Size the cache, build network, sampler and executor, and connect them. `cache`: allocator class and settings.
+
+    Where a device's memory can be metered the cache gets what the largest steps leave of it.
+    """
+    limits, device = scheduler.settings, model.device
+    reach = _reach(model, settings)
+    allocator = _allocator(cache, model, backend, settings, limits.max_num_seqs, reach)
     max_model_len = min(reach, allocator.max_num_tokens or reach)
-    backend.allocate(num_blocks)
-    eos, device, vocab_size = model.eos_token_ids, model.device, model.architecture.vocab_size
     network = build_network(model, backend, max_model_len, settings.fused)
-    inputs = InputBuilder(max_num_seqs, max_model_len, block_size, allocator.spec.window)
-    # One slot more than there are requests: rows that only fill a decode graph up live there.
-    tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=device)
-    sampler = Sampler(vocab_size, max_num_seqs, device, eos)
-    graphs = _graphs(network, backend, sampler, tokens, inputs) if settings.graphs and device.type == "cuda" else None
-    timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    executor = TorchExecutor(network, backend, sampler, inputs, tokens, graphs, timer)
+    meter = meter_of(device)
+    if meter is not None:
+
+        def on_trial(length: int) -> TorchExecutor:
+            backend.allocate(num_blocks_for(length, max_model_len, backend.requirements.block_size))
+            return _executor(model, network, backend, limits.max_num_seqs, max_model_len)
+
+        taken = bytes_of_largest_steps(on_trial, limits, max_model_len, meter)
+        allocator = _allocator(cache, model, backend, settings, limits.max_num_seqs, reach, taken)
+        max_model_len = min(reach, allocator.max_num_tokens or reach)
+    backend.allocate(allocator.spec.num_blocks)
+    executor = _executor(model, network, backend, limits.max_num_seqs, max_model_len)
+    if device.type == "cuda":
+        executor.timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        executor.graphs = _graphs(executor) if settings.graphs else None
     bound_by = "the cache" if max_model_len < reach else "the model"
-    limits = EngineLimits(vocab_size, max_model_len, eos, bound_by)
+    engine_limits = EngineLimits(model.architecture.vocab_size, max_model_len, model.eos_token_ids, bound_by)
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
-    num_tokens = min(scheduler.settings.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
+    num_tokens = min(limits.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
     host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
-    return Engine(Planner(scheduler, allocator, host), executor, limits, clock or MonotonicClock(), hooks, depth)
+    return Engine(Planner(scheduler, allocator, host), executor, engine_limits, clock or MonotonicClock(), hooks, depth)
+
+
+def _reach(model: LoadedModel, settings: EngineSettings) -> int:
+    """The longest sequence, as far as the model goes and the user asks."""
+    reach = model.architecture.max_model_len
+    if settings.max_model_len is not None and settings.max_model_len > reach:
+        raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
+    return settings.max_model_len or reach
+
+
+def _allocator(
+    cache: tuple[type[CacheAllocator], Any],
+    model: LoadedModel,
+    backend: AttentionBackend,
+    settings: EngineSettings,
+    max_num_seqs: int,
+    reach: int,
+    taken: int = 0,
+) -> CacheAllocator:
+    """An allocator for as many blocks as fit beside the `taken` bytes of a step, and are of use."""
+    block_size = backend.requirements.block_size
+    free = max(0, free_bytes(model.device, settings.gpu_memory_utilization) - taken)
+    budget = free if model.device.type == "cuda" else int(settings.cpu_cache_gib * 2**30)
+    useful = max_num_seqs * -(-reach // block_size)
+    num_blocks = choose_num_blocks(settings.num_blocks, useful, backend.bytes_per_block(), budget, free)
+    return cache[0](cache[1], CacheSpec(num_blocks, block_size, window_of(backend.requirements)))
+
+
+def _executor(
+    model: LoadedModel, network: Network, backend: AttentionBackend, max_num_seqs: int, max_model_len: int
+) -> TorchExecutor:
+    inputs = InputBuilder(max_num_seqs, max_model_len, backend.requirements.block_size, window_of(backend.requirements))
+    # One slot more than there are requests: rows that only fill a decode graph up live there.
+    tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=model.device)
+    sampler = Sampler(model.architecture.vocab_size, max_num_seqs, model.device, model.eos_token_ids)
+    return TorchExecutor(network, backend, sampler, inputs, tokens)
 
 
 def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens: int) -> HostPool:
@@ -109,14 +150,13 @@ def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens:
 
 
 @torch.inference_mode()
-def _graphs(
-    network: Network, backend: AttentionBackend, sampler: Sampler, tokens: torch.Tensor, inputs: InputBuilder
-) -> DecodeGraphs | None:
+def _graphs(executor: TorchExecutor) -> DecodeGraphs | None:
     """Captured decode graphs, or None with the reason logged where backend or model cannot be captured."""
-    if sampler.on_device is None:
+    backend, on_device = executor.backend, executor.sampler.on_device
+    if on_device is None:
         log.info("without triton decode runs without CUDA graphs")
         return None
-    graphs = DecodeGraphs(network, backend, sampler.on_device.choose, tokens, inputs.block_tables)
+    graphs = DecodeGraphs(executor.network, backend, on_device.choose, executor.tokens, executor.inputs.block_tables)
     if not graphs.is_supported():
         log.info("attention %s runs without CUDA graphs", type(backend).__name__)
         return None
@@ -126,9 +166,3 @@ def _graphs(
         log.warning("decode runs without CUDA graphs: %s", str(fault).partition("\n")[0])
         return None
     return graphs
-
-
-def _num_blocks(model: LoadedModel, backend: AttentionBackend, settings: EngineSettings, useful: int) -> int:
-    free = free_bytes(model.device, settings.gpu_memory_utilization)
-    budget = free if model.device.type == "cuda" else int(settings.cpu_cache_gib * 2**30)
-    return choose_num_blocks(settings.num_blocks, useful, backend.bytes_per_block(), budget, free)

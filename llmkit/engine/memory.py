@@ -19,7 +19,8 @@ def choose_num_blocks(asked: int | None, useful: int, block_bytes: int, budget: 
     num_blocks = min(useful, budget // block_bytes, fits) if asked is None else min(asked, fits)
     if num_blocks < 1:
         raise CapacityError(
-            f"no room for a KV cache: one block takes {block_bytes / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "
-            "use a smaller model or block_size, or a larger engine.gpu_memory_utilization / engine.cpu_cache_gib"
+            f"no room for a KV cache: one block takes {block_bytes / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free "
+            "beside weights and steps; use a smaller model, block_size or scheduler.max_num_batched_tokens, or more "
+            "engine.gpu_memory_utilization / engine.cpu_cache_gib"
         )
     return num_blocks
