@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from llmkit.engine.inputs import slots_and_starts
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
+from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.transfer import to_device
 from llmkit.types import DecodeRows, StepPlan
 
@@ -114,7 +116,9 @@ class DecodeGraphs:
         The rest follow when they are first needed.
         """
         started = time.perf_counter()
-        for size in {self._buckets[-1]: None, self._buckets[0]: None}:
+        sizes = dict.fromkeys((self._buckets[-1], self._buckets[0]))
+        rehearse(self._tokens.device, *(partial(self._step, self._padding(size)) for size in sizes))
+        for size in sizes:
             self._captured[size] = self._capture(size)
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 

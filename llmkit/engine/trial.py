@@ -14,6 +14,7 @@ from llmkit.engine.executor import TorchExecutor
 from llmkit.errors import CapacityError
 from llmkit.interfaces.scheduler import SchedulerSettings
 from llmkit.model.memory import Meter
+from llmkit.model.rehearsal import rehearse
 from llmkit.sampling_params import SamplingParams
 from llmkit.types import Admission, BlockTableEdit, ScheduledRequest, StepPlan
 
@@ -33,6 +34,7 @@ def bytes_of_largest_steps(
     try:
         executor = make_executor(lengths[0])
         prompts, decodes = largest_plans(lengths, max_model_len, executor.inputs.block_size)
+        rehearse(executor.tokens.device, lambda: executor.launch(prompts), lambda: executor.launch(decodes))
         executor.launch(prompts).wait()
         taken = meter.taken()
         # Graphs of decode steps keep what they need to themselves.

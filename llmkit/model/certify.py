@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from llmkit.interfaces.attention import LayerSpec
 from llmkit.model.feed_forward import ExpertLayer
 from llmkit.model.fused import FusedDecoder, FusedLayer
 from llmkit.model.loading import LoadedModel
+from llmkit.model.rehearsal import rehearse
 from llmkit.model.routing import Route, routed
 from llmkit.model.structure import rotary_embedding, rotary_kinds, rotary_table
 
@@ -93,10 +95,12 @@ def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
         with routed({single.self_attn: _dense_route(spec)}):
             out = single(hidden.unsqueeze(0), position_ids=positions.unsqueeze(0), position_embeddings=embedding)
         original = (out[0] if isinstance(out, tuple) else out).view_as(hidden) - hidden
-        layer_of_ours = FusedLayer(single, spec)
-        for num in SIZES:  # the first tokens see themselves only
-            fused = layer_of_ours(hidden[:num], table[0][:num], table[1][:num], _Dense(spec)) - hidden[:num]
-            error = _distance(fused, original[:num])
+        copy = FusedLayer(single, spec)
+        runs = [partial(copy, hidden[:num], table[0][:num], table[1][:num], _Dense(spec)) for num in SIZES]
+        if not index:
+            rehearse(model.device, *runs)
+        for num, run in zip(SIZES, runs, strict=True):  # the first tokens see themselves only
+            error = _distance(run() - hidden[:num], original[:num])
             if not error <= LAYER_TOLERANCE:
                 return f"layer {index} differs by {error:.1e} of its update from the original"
     return ""
@@ -126,11 +130,12 @@ def _network_errors(
     attentions = [_Dense(spec) for spec in specs]
     is_routed = any(isinstance(layer.feed_forward, ExpertLayer) for layer in decoder.layers)
     tolerance = ROUTED_TOLERANCE if is_routed else NETWORK_TOLERANCE
-    logits = [(decoder.forward(ids[:num], positions[:num], rows[:num], attentions), num) for num in SIZES]
+    runs = [partial(decoder.forward, ids[:num], positions[:num], rows[:num], attentions) for num in SIZES]
+    rehearse(model.device, *runs)
     return [
         ("embeddings", _distance(decoder.embed(ids), seen[0]), EDGE_TOLERANCE),
         ("logits of the last layer's output", _distance(decoder.logits(seen[1]), out.logits[0]), EDGE_TOLERANCE),
-        *(("logits", _distance(fused, out.logits[0, :num]), tolerance) for fused, num in logits),
+        *(("logits", _distance(run(), out.logits[0, :num]), tolerance) for run, num in zip(runs, SIZES, strict=True)),
     ]
 
 

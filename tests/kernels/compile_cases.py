@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
 from llmkit.model import expert_kernels, layer_kernels, row_kernels, tile_kernels
+from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.structure import ACTIVATIONS
 from llmkit_attention.flash.backend import FlashAttention
-from tests.kernels.compiler import Resources, compiling, kernels_of_the_project, resources
+from tests.kernels.compiler import NothingLaunched, Resources, compiling, kernels_of_the_project, resources
 
 CPU = torch.device("cpu")
 MAX_REGISTERS = 255
@@ -206,3 +210,37 @@ def test_fits_an_h200(shape: str, launch: str, tmp_path: Path, compiled: set[str
 
 def test_every_kernel_is_compiled(compiled: set[str]) -> None:
     assert kernels_of_the_project() <= compiled
+
+
+def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, launchers = SHAPES["qwen3_0_6b"], []
+    driver = NothingLaunched()
+    driver.launcher_cls = lambda source, metadata: launchers.append(metadata.name) or (lambda *_: None)  # type: ignore[attr-defined]
+    driver.utils = SimpleNamespace(  # type: ignore[attr-defined]
+        load_binary=lambda *_: (1, 2, 3, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": MAX_SHARED}
+    )
+    triton.runtime.driver.set_active(driver)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    x = torch.ones(24, shape.hidden_size, dtype=torch.bfloat16)
+    written: list[torch.Tensor] = []
+
+    def step() -> None:
+        total, normed = layer_kernels.add_rms_norm(x, x, (x[0], 1e-6))
+        written.extend([total, normed, layer_kernels.silu_and_multiply(torch.cat([normed, total], dim=1))])
+
+    run = JITFunction.run
+    rehearse(CPU, step)
+    assert not written
+    rehearse(torch.device("cuda"), step, step)
+    assert JITFunction.run is run and len(written) == 6 and not any(tensor.any() for tensor in written)
+    assert sorted(launchers) == ["_add_rms_norm", "_silu_and_multiply"], "a launcher is missing, or was made twice"
+    asked: list[object] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: asked.append(options) or True)
+    step()
+    assert not asked, "the step would compile again"
+
+
+def test_a_step_that_fails_in_rehearsal_is_left_to_fail_for_real(caplog: pytest.LogCaptureFixture) -> None:
+    run = JITFunction.run
+    rehearse(torch.device("cuda"), lambda: torch.ones(2) @ torch.ones(3))
+    assert "kernels compile one by one: inconsistent tensor size" in caplog.text and JITFunction.run is run

@@ -12,7 +12,7 @@ CASES = "tests/kernels/compile_cases.py"
 
 
 def test_kernels_compiled_for_sm_90(tmp_path: Path) -> None:
-    run_cases(CASES, select="qwen3_0_6b or every_kernel", environment={"TRITON_CACHE_DIR": str(tmp_path)})
+    run_cases(CASES, select="qwen3_0_6b or every_kernel or step", environment={"TRITON_CACHE_DIR": str(tmp_path)})
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""Compiles the Triton kernels of a step side by side instead of one after the other as the step meets them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+log = logging.getLogger(__name__)
+MAX_THREADS = 16
+FRESH = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
+
+
+def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
+    """Call `steps` without running a kernel of theirs, then compile and load all that are new, in threads.
+
+    A step meets zeros where kernels would have written, so no index leads astray; it must not read results back. Where
+    nothing is compiled, on a CPU or in Triton's interpreter, the steps are not called. What fails here is left to the
+    real step, which says why.
+    """
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    try:
+        import triton
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        return
+    kernels: list[Any] = []
+    run: Any = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    def load(kernel: Any) -> None:
+        torch.cuda.set_device(device)
+        if isinstance(kernel, triton.FutureKernel):
+            kernel = kernel.result(ignore_errors=True)
+        if kernel is not None:
+            _ = kernel.run  # makes the launcher, which the compiler does not
+
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        JITFunction.run = compile_only
+        try:
+            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros():
+                for step in steps:
+                    step()
+        except Exception as fault:
+            log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
+            return
+        finally:
+            JITFunction.run = run
+        list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
+
+
+class _Zeros(TorchFunctionMode):
+    """Fresh memory holds zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.zero_() if func in FRESH else out
