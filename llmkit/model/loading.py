@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,10 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
     """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively."""
-    dtype = dtype or native_dtype(device)
-    with _quiet_transformers(), lean_imports():
+    with _quiet_transformers(), lean_imports(), _context(device):
         config = load_config(spec)
         architecture = inspect_architecture(config)
+        dtype = dtype or native_dtype(device)
         _check_room(spec, architecture.num_parameters * dtype.itemsize, device)
         try:
             module: Any = _checkpoint(spec, dtype, device) if spec.path else _random(config, dtype, device, spec)
@@ -100,6 +102,21 @@ def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device)
     # There is no padding; some models would look for it in every step. Past the config's check, which may want an int.
     object.__setattr__(module.config, "pad_token_id", None)
     return LoadedModel(spec.name, config, module, architecture, tokenizer, eos, dtype, device)
+
+
+@contextmanager
+def _context(device: torch.device) -> Iterator[None]:
+    """Have the context of a GPU made meanwhile, and Triton hash itself, which it does before it looks into its cache.
+
+    If that fails the first use says why.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(lambda: torch.zeros(1, device=device))
+        pool.submit(lambda: import_module("triton.runtime.cache").triton_key())
+        yield
 
 
 @contextmanager
