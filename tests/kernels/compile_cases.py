@@ -226,14 +226,14 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: p
 
     def step() -> None:
         total, normed = layer_kernels.add_rms_norm(x, x, (x[0], 1e-6))
-        written.extend([total, normed, layer_kernels.silu_and_multiply(torch.cat([normed, total], dim=1))])
+        written.extend([total, normed, layer_kernels.activate_and_multiply(torch.cat([normed, total], dim=1), "silu")])
 
     run = JITFunction.run
     rehearse(CPU, step)
     assert not written
     rehearse(torch.device("cuda"), step, step)
     assert JITFunction.run is run and len(written) == 6 and not any(tensor.any() for tensor in written)
-    assert sorted(launchers) == ["_add_rms_norm", "_silu_and_multiply"], "a launcher is missing, or was made twice"
+    assert sorted(launchers) == ["_activate_and_multiply", "_add_rms_norm"], "a launcher is missing, or was made twice"
     asked: list[object] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: asked.append(options) or True)
     step()
