@@ -42,4 +42,4 @@ def test_bids_on_cuda_where_triton_is_installed(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.cuda
 def test_kernels_on_a_gpu() -> None:
-    run_cases("tests/attention/flash_cases.py")
+    run_cases(*(f"tests/attention/flash{kind}_cases.py" for kind in ("", "_fp8", "_shared")))

@@ -27,7 +27,11 @@ def offsets(
 
 @triton.jit
 def scores(query, keys, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scaled and capped logits in base 2: `query` [M, D], `keys` [D, TILE] -> float32 [M, TILE]."""
+    """Scaled and capped logits in base 2: `query` [M, D], `keys` [D, TILE] -> float32 [M, TILE].
+
+    Keys that are stored in fewer bits get the type of `query` first.
+    """
+    keys = keys.to(query.dtype)
     if SOFTCAP:
         logits = tl.dot(query, keys) * scale
         logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
