@@ -94,8 +94,10 @@ def test_layers_that_differ_and_windows_that_share_nothing() -> None:
     [
         ([(0, [300, 400, 280, 500])], [0] * 4),
         ([(512, [9])], [0]),
-        ([(512, [9, 1, 70])], [0] * 3),
-        ([(192, [9, 1, 70, 4])], [0] * 4),
+        ([(192, [9, 70])], [0] * 2),
+        ([(64, [9, 1, 70, 4])], [0] * 4),
+        ([(64, [9, 1, 70, 4, 3])], [1] * 5),
+        ([(256, [9, 70])], [4] * 2),
         ([(0, [300]), (320, [1, 2, 3, 4]), (0, [7]), (256, [5] * 5)], [0, 5, 5, 5, 5, 0, 4, 4, 4, 4, 4]),
     ],
 )
@@ -106,6 +108,23 @@ def test_rows_that_share_nothing_or_too_little_and_several_groups(groups: list[G
 @pytest.mark.parametrize(("ratio", "number"), [(8, 19), (6, 23)])
 def test_more_rows_than_a_pack(ratio: int, number: int) -> None:
     run([(320, [1 + 13 * row % 50 for row in range(number)])], [layer(ratio)], [5] * number)
+
+
+def test_rows_choose_where_most_is_saved() -> None:
+    """All begin alike, some go on alike: those share all of it, the others what is left."""
+    made, rows = grown([(64, [300, 200, 250, 400, 350, 270])], [layer(2)])
+    made.fork("deep", "prefix 0", 64)
+    made.step([("deep", 384)])
+    for number in range(3):
+        made.fork(f"deep {number}", "deep", 448)
+        rows = [*rows[: 2 * number], (f"deep {number}", 1), *rows[2 * number :]]
+    assert made.step(rows) <= TOLERANCE
+    assert made.backend.depths == [7, 1, 7, 1, 7, 1, 1, 1, 1]  # type: ignore[attr-defined]
+
+
+def test_groups_beyond_the_most_packs_read_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "MAX_PACKS", 2)
+    run([(256, [1, 2]), (256, [3, 4]), (256, [5, 6])], [layer(2)], [4] * 4 + [0] * 2)
 
 
 def test_packs_reach_as_far_as_all_their_rows_agree() -> None:

@@ -94,12 +94,19 @@ BUGS = {
         SHARED,
         "all_their_rows_agree",
     ),
-    "the tile of a row's last key is shared": (
+    "rows choose the fewest tiles": (
         f"{FLASH}/shared.py",
-        "tl.maximum(length - 1, 0) // TILE",
-        "tl.cdiv(length, TILE)",
+        "most = tl.maximum(saved, most)",
+        "most = tl.where(saved >= most, 1 << 30, most)",
         SHARED,
-        "rows_than_a_pack or all_their_rows_agree",
+        "most_is_saved",
+    ),
+    "packs beyond the most are written": (
+        f"{FLASH}/shared.py",
+        "mask=mine < PACKS, other=0)",
+        "mask=mine < PACKS + 99, other=0)",
+        SHARED,
+        "beyond_the_most",
     ),
     "blocks in front of the one that tells groups apart are not compared": (
         f"{FLASH}/shared.py",

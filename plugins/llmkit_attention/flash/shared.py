@@ -1,8 +1,9 @@
 """Kernels that find out on the device which single-token rows begin with the same pages.
 
-Rows with the same page at the end of their first LEAST tiles are a group; the lowest leads it and the others are
-compared with it. A group is cut into packs of MEMBERS rows. A pack's `reach` is how many whole tiles all its rows have
-in common with the leader, each of them in front of the row's last key. Rows in no pack have depth 0.
+Each row chooses at how many tiles, a power of two, it is compared: where most is saved, counting those that have the
+same page there. Rows that chose the same page are a group; the lowest leads it and the others are compared with it. A
+group is cut into packs of MEMBERS rows. A pack's `reach` is how many whole tiles all its rows have in common with the
+leader, each of them in front of the row's last key. Rows in no pack have depth 0.
 """
 
 import triton
@@ -10,12 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
-def find_prefixes(
-    starts, lengths, tables, table_stride, leaders, ranks, counts, depths, rows,
-    PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
-    LEAST_ROWS: tl.constexpr,
+def choose_pages(
+    starts, lengths, tables, table_stride, keys, wholes, rows,
+    PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Program row: its group's leader, its rank in it, how many they are (0 if too few) and what it shares."""
+    """Program row: the page that it chose and where, `keys[row]`, or -1 if that saves less than LEAST tiles.
+
+    `wholes[row]` counts its tiles in front of the one of its last key.
+    """
     row = tl.program_id(0)
     index = tl.arange(0, ROWS_PAD)
     inside = index < rows
@@ -23,26 +26,44 @@ def find_prefixes(
     length = tl.load(lengths + index, mask=inside, other=0)
     length = tl.where(tl.load(starts + index + 1, mask=inside, other=0) - begins == 1, length, 0)
     whole = tl.maximum(length - 1, 0) // TILE
-    column = tables + index.to(tl.int64) * table_stride + (LEAST * TILE - 1) // PAGE
-    page = tl.load(column, mask=inside & (whole >= LEAST), other=-1)
-    alike = (page == tl.sum(tl.where(index == row, page, 0), 0)) & (page >= 0)
-    count = tl.sum(alike.to(tl.int32), 0)
-    count = tl.where(count >= LEAST_ROWS, count, 0)
+    most, key = LEAST, -1
+    for level in range(LEVELS):
+        tiles = 1 << level
+        column = tables + index.to(tl.int64) * table_stride + (tiles * TILE - 1) // PAGE
+        page = tl.load(column, mask=inside & (whole >= tiles), other=-1)
+        mine = tl.sum(tl.where(index == row, page, 0), 0)
+        saved = tl.sum(((page == mine) & (page >= 0) & (index != row)).to(tl.int32), 0) * tiles
+        key = tl.where(saved >= most, mine * LEVELS + level, key)
+        most = tl.maximum(saved, most)
+    tl.store(keys + row, key)
+    tl.store(wholes + row, tl.sum(tl.where(index == row, whole, 0), 0))
+
+
+@triton.jit
+def find_prefixes(
+    keys, wholes, tables, table_stride, leaders, ranks, counts, depths, rows,
+    PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program row: its group's leader, its rank in it, how many they are (0 if it is alone) and what it shares."""
+    row = tl.program_id(0)
+    index = tl.arange(0, ROWS_PAD)
+    key = tl.load(keys + index, mask=index < rows, other=-1)
+    alike = (key == tl.sum(tl.where(index == row, key, 0), 0)) & (key >= 0)
     leader = tl.min(tl.where(alike, index, ROWS_PAD), 0)
     other = tl.min(tl.where(alike & (index != row), index, ROWS_PAD), 0)
-    limit = tl.min(tl.where((index == row) | (index == other), whole, 1 << 30), 0)
-    number = tl.where(count > 0, tl.cdiv(limit * TILE, PAGE), 0)
+    count = tl.where(other < ROWS_PAD, tl.sum(alike.to(tl.int32), 0), 0)
+    limit = tl.minimum(tl.load(wholes + row), tl.load(wholes + other, mask=count > 0, other=0))
+    number = tl.cdiv(limit * TILE, PAGE)
     mine, others = tables + row.to(tl.int64) * table_stride, tables + other.to(tl.int64) * table_stride
     agree = number
     for chunk in range(0, number, CHUNK):
         at = chunk + tl.arange(0, CHUNK)
         differs = tl.load(mine + at, mask=at < number, other=0) != tl.load(others + at, mask=at < number, other=0)
         agree = tl.minimum(agree, tl.min(tl.where(differs, at, number), 0))
-    depth = tl.minimum(limit, agree * PAGE // TILE)
     tl.store(leaders + row, leader)
     tl.store(ranks + row, tl.sum((alike & (index < row)).to(tl.int32), 0))
     tl.store(counts + row, count)
-    tl.store(depths + row, tl.where((count > 0) & (depth >= LEAST), depth, 0))
+    tl.store(depths + row, tl.minimum(limit, agree * PAGE // TILE))
 
 
 @triton.jit

@@ -9,13 +9,13 @@ import torch
 from llmkit.interfaces.attention import AttentionBatch
 from llmkit_attention.flash.attend_shared import attend_shared
 from llmkit_attention.flash.launch import Launch, Pool, power_of_two
-from llmkit_attention.flash.shared import find_prefixes, list_packs
+from llmkit_attention.flash.shared import choose_pages, find_prefixes, list_packs
 
 QUERIES = 64
 """Query heads, of one KV head and several rows, that take a tile of keys together: as a warpgroup multiplies."""
-LEAST_TILES, LEAST_ROWS = 4, 4
-"""What fewer tiles or rows have in common is read by every row: a part more to merge would cost as much."""
-MAX_PACKS = 64
+LEAST_TILES = 4
+"""Tiles that a row's group must save: a part more to merge costs as much."""
+MAX_PACKS = 128
 """Rows beyond so many packs read for themselves."""
 LEAST_PART = 4
 """Tiles of a part, at least: every part is written and read again."""
@@ -54,7 +54,7 @@ def find(launch: Launch, batch: AttentionBatch) -> Prefixes:
     """Which rows of `batch` share how many tiles; launches depend on the number of rows only."""
     spec, rows, device = launch.spec, len(batch.seq_lens), batch.seq_lens.device
     heads, queries, members = spec.num_kv_heads, _queries(launch), _members(launch)
-    packs = min(MAX_PACKS, power_of_two(max(1, rows // members + rows // LEAST_ROWS)))
+    packs = min(MAX_PACKS, power_of_two(max(1, rows // members + rows // 2)))
     shares = launch.workspace.shares(spec)
 
     def numbers(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -66,11 +66,15 @@ def find(launch: Launch, batch: AttentionBatch) -> Prefixes:
         numbers(packs, heads), numbers(len(batch.positions), spec.num_heads, dtype=torch.float32),
         numbers(*parts, spec.head_dim, dtype=torch.float32), numbers(*parts, dtype=torch.float32),
     )  # fmt: skip
-    leaders, ranks, counts, bases = numbers(4, rows)
+    keys, wholes, leaders, ranks, counts, bases = numbers(6, rows)
     pad = power_of_two(rows)
+    choose_pages[(rows,)](
+        *launch.rows(batch), keys, wholes, rows, PAGE=launch.block_size, TILE=launch.tile, ROWS_PAD=pad,
+        LEVELS=max(1, (batch.max_seq_len // launch.tile).bit_length()), LEAST=LEAST_TILES, num_warps=4,
+    )  # fmt: skip
     find_prefixes[(rows,)](
-        *launch.rows(batch), leaders, ranks, counts, found.depths, rows, PAGE=launch.block_size, TILE=launch.tile,
-        ROWS_PAD=pad, CHUNK=CHUNK, LEAST=LEAST_TILES, LEAST_ROWS=LEAST_ROWS, num_warps=4,
+        keys, wholes, batch.block_table, batch.block_table.stride(0), leaders, ranks, counts, found.depths, rows,
+        PAGE=launch.block_size, TILE=launch.tile, ROWS_PAD=pad, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
     list_packs[(1,)](
         leaders, ranks, counts, found.depths, bases, found.members, found.leaders, found.reaches, found.ends,
