@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
+from llmkit_attention.flash.tiles import accumulate, factor, offsets, page_ids, scores
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def attend_shared(
         token = tl.load(starts + row, mask=row >= 0, other=0).to(tl.int64)
         place = token[:, None] * query_n + (head * GROUP + member % GROUP)[:, None] * query_h + dim[None, :] * query_d
         real, inside = (row >= 0)[:, None] & (dim < DIM)[None, :], (dim < DIM)[None, :]
-        block = tl.load(query + place, mask=real, other=0.0)
+        block = factor(tl.load(query + place, mask=real, other=0.0), key_pool)
         table = tables + tl.load(leaders + pack).to(tl.int64) * table_stride
         top = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)

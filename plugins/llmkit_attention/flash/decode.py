@@ -9,7 +9,7 @@ page * (PAGE / TILE) + place. `ends[row]` counts the tiles of all rows up to `ro
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, scores
+from llmkit_attention.flash.tiles import accumulate, factor, scores
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def attend_one(
             code = tl.load(codes + ahead)
             page = _pages(pages, ahead, PAGE, TILE)
             seen = offset <= ((now >> 2) & 63)
-            packed = coming
+            packed = factor(coming, key_pool)
             coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
             stored = tl.load(key_pool + at, mask=seen[:, None] & inside, other=0.0)
             visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen

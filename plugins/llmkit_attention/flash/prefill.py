@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
+from llmkit_attention.flash.tiles import accumulate, factor, offsets, page_ids, scores
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def attend_many(
     token, position = (start + index).to(tl.int64), length - count + index
     real = (index < count)[:, None] & (dim < DIM)[None, :]
     block = tl.load(query + token[:, None] * query_n + head * query_h + dim[None, :] * query_d, mask=real, other=0.0)
-    lowest = length - count + offset
+    block, lowest = factor(block, key_pool), length - count + offset
     begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE if WINDOW else 0
     middle = begin if WINDOW else (lowest + 1) // TILE * TILE
     end = tl.minimum(lowest + QUERIES, length)

@@ -19,7 +19,7 @@ MAX_PACKS = 128
 """Rows beyond so many packs read for themselves."""
 LEAST_PART = 4
 """Tiles of a part, at least: every part is written and read again."""
-WARPS, STAGES, CHUNK = 4, 3, 128
+STAGES, CHUNK = 3, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Prefixes:
             self.reaches, self.ends, self.arrivals, *query.stride(), spec.scale, spec.softcap or 1.0,
             HEADS=spec.num_kv_heads, GROUP=launch.group, DIM=spec.head_dim, PAGE=launch.block_size, TILE=launch.tile,
             MEMBERS=_members(launch), QUERIES=_queries(launch), DIM_PAD=launch.dim_pad, PACKS=len(self.reaches),
-            SOFTCAP=spec.softcap is not None, BULK=launch.bulk, **launch.overlap, num_warps=WARPS, num_stages=STAGES,
+            SOFTCAP=spec.softcap is not None, BULK=launch.bulk, **launch.overlap,
+            num_warps=4 if launch.dim_pad <= 128 else 8, num_stages=STAGES,
         )  # fmt: skip
 
 
