@@ -18,7 +18,8 @@ import triton
 
 from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch, copy_bandwidth
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
-from llmkit_attention.flash.backend import FlashAttention, FlashSettings
+from llmkit_attention.flash.backend import FlashAttention
+from llmkit_attention.flash.settings import FlashSettings
 
 BLOCK, PREFIX = 64, 2048
 SHARED = [(rows, own) for rows in (64, 256) for own in (128, 512)]

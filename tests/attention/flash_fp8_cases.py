@@ -12,7 +12,7 @@ import torch
 
 from llmkit.interfaces.attention import LayerSpec
 from llmkit.interfaces.settings import Settings
-from llmkit_attention.flash.backend import FlashSettings
+from llmkit_attention.flash.settings import FlashSettings
 from tests.attention.flash_cases import DEVICE, DTYPE, HEADS, STEPS, TOLERANCE, OnDevice, layer, run
 from tests.attention.sequences import Sequences, dense
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llmkit.interfaces.attention import AttentionBatch, LayerSpec
-from llmkit_attention.flash import limits, sharing
-from tests.attention.flash_cases import DEVICE, DTYPE, HEADS, TOLERANCE, OnDevice, layer
+from llmkit_attention.flash import sharing
+from tests.attention.flash_cases import DTYPE, HEADS, TOLERANCE, OnDevice, layer
 from tests.attention.sequences import Rows, Sequences, Stored
 
 Group = tuple[int, list[int]]
@@ -198,13 +198,3 @@ def test_nan_of_a_row_stays_in_it() -> None:
     made.backend.plan(batch)
     out = made.backend.forward(0, query, key, value)
     assert out[0].isnan().all() and out[1:].isfinite().all()
-
-
-@pytest.mark.parametrize("keys", [3071, 3072])
-def test_pays_from_24_mib_a_layer_on(keys: int) -> None:
-    full, window = (LayerSpec(32, 8, 256, 1.0, window=window) for window in (None, 4096))
-    assert limits.pays(full, keys, 2) == (keys >= 3072) and not limits.pays(window, keys, 2)
-    assert not limits.pays(full, keys, 1)
-    made = Sequences(OnDevice, [window, full], DTYPE).backend
-    assert made.reads_once(keys) == (keys >= 3072)
-    assert DEVICE.type in ("cpu", "cuda")

@@ -25,6 +25,16 @@ def decode_batch(lengths: list[int], table: torch.Tensor) -> AttentionBatch:
     return AttentionBatch(starts, (last + 1).int(), last.clamp(0), table, slots, 1, BOUND, ones, bounds)
 
 
+REPLAYS = [
+    ([1000, 1, 0, 17], 0),
+    ([1000, 280, 0, 600], 17),
+    ([64, 65, 1024, 513], 0),
+    ([0, 0, 0, 300], 17),
+    ([513, 600, 1024, 577], 32),
+]
+"""Lengths, and how many blocks all rows have in common with the first."""
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("num_repeated", [0, 1 << 40])
 def test_a_captured_step_serves_other_lengths_and_tables(num_repeated: int) -> None:
@@ -50,13 +60,7 @@ def test_a_captured_step_serves_other_lengths_and_tables(num_repeated: int) -> N
     with torch.cuda.graph(graph):
         backend.plan(static)
         out = backend.forward(0, query, key, value)
-    for lengths, num_common in (
-        ([1000, 1, 0, 17], 0),
-        ([1000, 280, 0, 600], 17),
-        ([64, 65, 1024, 513], 0),
-        ([0, 0, 0, 300], 17),
-        ([513, 600, 1024, 577], 32),
-    ):
+    for lengths, num_common in REPLAYS:
         now = table.clone()
         now[:, :num_common] = table[0, :num_common]
         fresh = decode_batch(lengths, now)

@@ -17,7 +17,7 @@ CASES = [
 SAMPLE = (
     "(layer_kernel_cases and not 4168) or (expert_kernel_cases and not 100-130)"
     " or (head_dimensions and 128 and not fp8 and not shared) or (flash_fp8_cases and cannot_hold)"
-    " or (flash_shared_cases and (parts or copies_of_the_first or pays))"
+    " or (flash_shared_cases and (parts or copies_of_the_first))"
     " or (device_sampler_cases and not softmax and not filters_keep) or filters_keep_what_they_keep_on_the_cpu[97"
 )
 

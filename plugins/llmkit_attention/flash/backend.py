@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
 from llmkit.interfaces.settings import Settings as AnySettings
 from llmkit_attention.flash.limits import pays, reasons_against
+from llmkit_attention.flash.settings import FlashSettings
 from llmkit_attention.host import HostBlocks
 
 if TYPE_CHECKING:
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 QUERIES = 64
 """New tokens one prefill program takes."""
-
-
-class FlashSettings(AnySettings):
-    """Options of the Triton backend."""
-
-    kv_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="how keys and values are stored: as the model computes, or as e4m3 in half the memory"
-    )
 
 
 @dataclass(frozen=True, slots=True)
