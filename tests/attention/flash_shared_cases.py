@@ -132,7 +132,7 @@ def test_packs_reach_as_far_as_all_their_rows_agree() -> None:
     made, rows = grown([(448, [3, 1, 2, 9])], [layer(2)])
     made.fork("early", "prefix 0", 368)
     made.step([("early", 100)])
-    assert made.step([*rows, ("early", 1)]) <= TOLERANCE
+    assert made.step([*rows[:2], ("early", 1), *rows[2:]]) <= TOLERANCE
     assert made.backend.depths == [5] * 5  # type: ignore[attr-defined]
 
 

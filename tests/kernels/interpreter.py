@@ -24,12 +24,14 @@ def patch_and_mend(tensor: Any, scope: Any) -> None:
 
 
 def convert(numbers: NDArray[Any], source: Any, target: Any, rounding: Any) -> NDArray[Any]:
-    """Bits of `numbers` as `target`; e4m3 to the nearest, and NaN beyond its largest number."""
+    """Bits of `numbers` as `target`; e4m3 to the nearest, and NaN beyond its largest number, which nobody may rely on."""
     if target == tl.float8e4nv and source in (tl.float16, tl.float32):
-        return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        wide = torch.from_numpy(numbers).float()
+        held = wide.masked_fill(wide.abs() > 464.0, float("nan"))
+        return held.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     if source == tl.float8e4nv and target in (tl.float16, tl.float32):
-        wide, bits = (torch.float16, np.uint16) if target == tl.float16 else (torch.float32, np.uint32)
-        return torch.from_numpy(numbers).view(torch.float8_e4m3fn).to(wide).numpy().view(bits)
+        dtype, bits = (torch.float16, np.uint16) if target == tl.float16 else (torch.float32, np.uint32)
+        return torch.from_numpy(numbers).view(torch.float8_e4m3fn).to(dtype).numpy().view(bits)
     converted: NDArray[Any] = convert_float(numbers, source, target, rounding)
     return converted
 

@@ -101,10 +101,10 @@ BUGS = {
         SHARED,
         "most_is_saved",
     ),
-    "packs beyond the most are written": (
+    "rows in no pack leave out a tile": (
         f"{FLASH}/shared.py",
-        "mask=mine < PACKS, other=0)",
-        "mask=mine < PACKS + 99, other=0)",
+        "mask=depth > 0, other=0)",
+        "mask=depth > 0, other=1)",
         SHARED,
         "beyond_the_most",
     ),

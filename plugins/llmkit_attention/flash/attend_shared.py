@@ -11,19 +11,20 @@ def attend_shared(
     query, key_pool, value_pool, key_tiles, value_tiles, out, own, partial, lse, starts, tables, table_stride,
     members, leaders, reaches, ends, arrivals, query_n, query_h, query_d, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    MEMBERS: tl.constexpr, QUERIES: tl.constexpr, DIM_PAD: tl.constexpr, PACKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    BULK: tl.constexpr, PDL: tl.constexpr,
+    MEMBERS: tl.constexpr, QUERIES: tl.constexpr, DIM_PAD: tl.constexpr, PACKS: tl.constexpr, SHARES: tl.constexpr,
+    SOFTCAP: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, KV head): a part of a pack's tiles, for the head's GROUP queries of each of its rows.
+    """Program (share, KV head): every SHARES-th part of the packs' tiles, for the head's GROUP queries of their rows.
 
     Normalised parts go to `partial` [part, head, QUERIES, DIM] and `lse` (base 2). The program that arrives last at a
     pack merges them into `out`, which holds what the rows' own tiles gave, with log-sum-exps `own` [N, query heads].
     """
-    part, head = tl.program_id(0), tl.program_id(1)
+    share, head = tl.program_id(0), tl.program_id(1)
     # What `list_packs` wrote is complete, and so are the queries: the kernel in front has waited for theirs.
     end = tl.load(ends + tl.arange(0, PACKS))
-    size, first = tl.load(ends + PACKS), tl.max(tl.where(end <= part, end, 0), 0)
-    if part < tl.max(end, 0):
+    size = tl.load(ends + PACKS)
+    for part in range(share, tl.max(end, 0), SHARES):
+        first = tl.max(tl.where(end <= part, end, 0), 0)
         pack = tl.sum((end <= part).to(tl.int32), 0)
         begin = (part - first) * size
         stop = tl.minimum(begin + size, tl.load(reaches + pack)) * TILE
@@ -64,7 +65,7 @@ def attend_shared(
                 out, own, partial, lse, starts, members + pack * MEMBERS, first, number, head,
                 HEADS, GROUP, DIM, MEMBERS, QUERIES, DIM_PAD,
             )  # fmt: skip
-    elif PDL:
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 

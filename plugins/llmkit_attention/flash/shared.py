@@ -99,5 +99,8 @@ def list_packs(
     reach = tl.load(reaches + pack)
     reach = tl.where(reach == NONE, 0, reach)
     size = tl.maximum(LEAST, tl.cdiv(tl.sum(reach, 0), SHARES))
+    if tl.sum(tl.cdiv(reach, size), 0) > SHARES:  # no share should have two parts if that can be helped
+        others = tl.maximum(SHARES - tl.sum((reach > 0).to(tl.int32), 0), (SHARES + 1) // 2)
+        size = tl.maximum(LEAST, tl.cdiv(tl.sum(reach, 0), others))
     tl.store(ends + pack, tl.cumsum(tl.cdiv(reach, size), 0))
     tl.store(ends + PACKS, size)

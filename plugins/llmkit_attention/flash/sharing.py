@@ -26,7 +26,7 @@ STAGES, CHUNK = 3, 128
 class Prefixes:
     """What a step's rows share, on the device; int32 but for `own`, `partial` and `lse`, float32. See `shared`."""
 
-    num_parts: int
+    num_shares: int
     depths: torch.Tensor
     members: torch.Tensor
     leaders: torch.Tensor
@@ -40,13 +40,13 @@ class Prefixes:
     def merge(self, launch: Launch, query: torch.Tensor, pool: Pool, out: torch.Tensor, batch: AttentionBatch) -> None:
         """Merge what rows share into `out` [N, num_heads, head_dim], where their own tiles have been attended over."""
         spec = launch.spec
-        attend_shared[(self.num_parts, spec.num_kv_heads)](
+        attend_shared[(self.num_shares, spec.num_kv_heads)](
             query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, self.own, self.partial, self.lse,
             batch.query_start_loc, batch.block_table, batch.block_table.stride(0), self.members, self.leaders,
             self.reaches, self.ends, self.arrivals, *query.stride(), spec.scale, spec.softcap or 1.0,
             HEADS=spec.num_kv_heads, GROUP=launch.group, DIM=spec.head_dim, PAGE=launch.block_size, TILE=launch.tile,
             MEMBERS=_members(launch), QUERIES=_queries(launch), DIM_PAD=launch.dim_pad, PACKS=len(self.reaches),
-            SOFTCAP=spec.softcap is not None, BULK=launch.bulk, **launch.overlap,
+            SHARES=self.num_shares, SOFTCAP=spec.softcap is not None, BULK=launch.bulk, **launch.overlap,
             num_warps=4 if launch.dim_pad <= 128 else 8, num_stages=STAGES,
         )  # fmt: skip
 
@@ -63,7 +63,7 @@ def find(launch: Launch, batch: AttentionBatch) -> Prefixes:
 
     parts = (shares + packs, heads, queries)
     found = Prefixes(
-        shares + packs, numbers(rows), numbers(packs, members), numbers(packs), numbers(packs), numbers(packs + 1),
+        shares, numbers(rows), numbers(packs, members), numbers(packs), numbers(packs), numbers(packs + 1),
         numbers(packs, heads), numbers(len(batch.positions), spec.num_heads, dtype=torch.float32),
         numbers(*parts, spec.head_dim, dtype=torch.float32), numbers(*parts, dtype=torch.float32),
     )  # fmt: skip
