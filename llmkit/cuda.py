@@ -1,4 +1,4 @@
-"""For Triton kernels that start while the one in front of them ends (programmatic dependent launch)."""
+"""For Triton kernels: starting while the one in front ends (programmatic dependent launch), and storing in few bits."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -26,11 +26,24 @@ def wait_for_previous(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def narrowed(x, TYPE: tl.constexpr):
+    """`x` as TYPE; beyond what e4m3 holds it becomes the nearest number that it does, and NaN stays NaN."""
+    if TYPE == tl.float8e4nv:  # noqa: SIM300
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    return x.to(TYPE)
+
+
+def holds_e4m3(device: torch.device) -> bool:
+    """Whether kernels on `device` convert from and to e4m3: from sm_89 on."""
+    return device.type != "cuda" or _capability(device.index) >= (8, 9)
+
+
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may start before the one in front of it ends: from sm_90 on."""
-    return device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1" and _capability(device.index) >= 9
+    return device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1" and _capability(device.index) >= (9, 0)
 
 
 @cache
-def _capability(index: int | None) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

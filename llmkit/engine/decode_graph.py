@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.engine.inputs import slots_and_starts
+from llmkit.engine.repeats import num_repeated_keys
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.transfer import to_device
+from llmkit.rows import Lineup
 from llmkit.types import DecodeRows, StepPlan
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Decoded:
 class DecodeGraphs:
     """Keeps every slot's block table on the device and one graph per bucket of rows, captured when first needed.
 
+    Steps in which the backend reads once what rows repeat have graphs of their own.
+
     Rows that only fill a bucket up have sequence length 0 and belong to the token table's spare last slot.
     """
 
@@ -78,7 +82,9 @@ class DecodeGraphs:
         self._block_size = backend.requirements.block_size
         self._tables = torch.zeros(self._spare + 1, block_tables.shape[1], dtype=torch.int32, device=tokens.device)
         self._buckets = buckets_up_to(self._spare)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._counts = backend.reads_once(tokens.numel())
+        self._counted: tuple[Lineup | None, int] = (None, 0)
         self._pool = torch.cuda.graph_pool_handle()
 
     def apply(self, plan: StepPlan) -> None:
@@ -102,9 +108,11 @@ class DecodeGraphs:
         """Replay a step that `takes` said yes to. Raises RuntimeError if it cannot be captured."""
         num_rows = len(plan.scheduled)
         size = next(size for size in self._buckets if size >= num_rows)
-        if size not in self._captured:
-            self._captured[size] = self._capture(size)
-        captured = self._captured[size]
+        repeated = self._num_repeated(plan) if self._counts else 0
+        kind = size, self._backend.reads_once(repeated)
+        if kind not in self._captured:
+            self._captured[kind] = self._capture(size, repeated)
+        captured = self._captured[kind]
         inputs = torch.from_numpy(self._inputs(plan, size))
         captured.inputs.copy_(inputs.pin_memory(), non_blocking=True)
         captured.graph.replay()
@@ -117,14 +125,23 @@ class DecodeGraphs:
         """
         started = time.perf_counter()
         sizes = dict.fromkeys((self._buckets[-1], self._buckets[0]))
-        rehearse(self._tokens.device, *(partial(self._step, self._padding(size)) for size in sizes))
+        rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes))
         for size in sizes:
-            self._captured[size] = self._capture(size)
+            self._captured[size, False] = self._capture(size, 0)
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 
     def is_supported(self) -> bool:
         """Whether the backend lets decode steps be captured."""
         return self._backend.capturable(self._batch(self._padding(1)))
+
+    def _num_repeated(self, plan: StepPlan) -> int:
+        """Counted once for the steps of one lineup, whose new blocks are all their own."""
+        rows = plan.scheduled
+        lineup = rows.lineup if isinstance(rows, DecodeRows) else None
+        if lineup is None or lineup is not self._counted[0]:
+            slots, positions = slots_and_starts(rows)
+            self._counted = lineup, num_repeated_keys(self._host_tables, slots, positions, self._block_size)
+        return self._counted[1]
 
     def _padding(self, size: int) -> Tensor:
         row = torch.tensor([self._spare, 0, -1, 0], dtype=torch.int64, device=self._tokens.device)
@@ -140,26 +157,26 @@ class DecodeGraphs:
         inputs[:, len(slots) :] = [[self._spare], [0], [-1], [0]]
         return inputs
 
-    def _capture(self, size: int) -> _Captured:
+    def _capture(self, size: int, repeated: int) -> _Captured:
         device, inputs = self._tokens.device, self._padding(size)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._step(inputs)  # compiles kernels and creates handles, which a capture must not do
+            self._step(inputs, repeated)  # compiles kernels and creates handles, which a capture must not do
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, results = self._step(inputs)
+            logits, results = self._step(inputs, repeated)
         return _Captured(graph, inputs, logits, results)
 
-    def _step(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, inputs: Tensor, repeated: int) -> tuple[Tensor, Tensor]:
         slots, positions, _, seq_lens = inputs.unbind()
-        batch = self._batch(inputs)
+        batch = self._batch(inputs, repeated)
         self._backend.plan(batch)
         logits = self._network(self._tokens[slots, positions], positions, batch.query_start_loc[:-1].long())
         return logits, self._choose(logits, slots, seq_lens, self._tokens)
 
-    def _batch(self, inputs: Tensor) -> AttentionBatch:
+    def _batch(self, inputs: Tensor, repeated: int = 0) -> AttentionBatch:
         slots, positions, slot_mapping, seq_lens = inputs.unbind()
         size, reach = len(slots), self._tokens.shape[1] - 1
         return AttentionBatch(
@@ -172,4 +189,5 @@ class DecodeGraphs:
             max_seq_len=reach,
             query_lens=(1,) * size,
             host_seq_lens=(reach,) * size,
+            num_repeated_keys=repeated,
         )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.inputs import InputBuilder, PackedInputs, slots_and_starts
+from llmkit.engine.repeats import num_repeated_keys
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling import Sampled, Sampler
@@ -67,6 +68,7 @@ class TorchExecutor:
         self.tokens = tokens
         self.graphs = graphs
         self.timer = timer
+        self._counts_repeats = backend.reads_once(tokens.numel())
         self._admissions: dict[int, Admission] = {}
         self._with_prompt_logprobs: set[int] = set()
 
@@ -146,7 +148,14 @@ class TorchExecutor:
             query_lens=packed.query_lens,
             host_seq_lens=tuple(packed.seq_lens.tolist()),
             fresh_blocks=_to(packed.fresh_blocks, device) if len(packed.fresh_blocks) else None,
+            num_repeated_keys=self._num_repeated(packed) if self._counts_repeats else 0,
         )
+
+    def _num_repeated(self, packed: PackedInputs) -> int:
+        """Keys that rows with one new token repeat."""
+        single = np.array(packed.query_lens) == 1
+        num_keys = packed.seq_lens[single].astype(np.int64) - 1
+        return num_repeated_keys(self.inputs.block_tables, packed.row_slots[single], num_keys, self.inputs.block_size)
 
     def _sample(self, logits: torch.Tensor, packed: PackedInputs) -> Sampled:
         """Choose tokens and write them behind the sequences they belong to."""

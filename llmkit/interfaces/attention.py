@@ -50,6 +50,9 @@ class AttentionBatch:
     the row sees in any layer; where the batch is captured in a graph the latter are anybody's. `fresh_blocks` int64
     [F], None for F = 0, are the blocks whose first slot this step writes: what they hold behind the new keys is
     somebody's past and may be NaN, which no mask hides (0 * NaN), so a backend that loads it clears them first.
+
+    `num_repeated_keys` estimates on the host how many keys of rows with one token lie in blocks that a row before
+    them has too; in a captured batch it is that of the step it was captured for.
     """
 
     query_start_loc: torch.Tensor
@@ -62,6 +65,7 @@ class AttentionBatch:
     query_lens: tuple[int, ...]
     host_seq_lens: tuple[int, ...]
     fresh_blocks: torch.Tensor | None = None
+    num_repeated_keys: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class KeyValueSlots:
 
     `keys`, `values` [num_blocks, num_kv_heads, block_size, head_dim], contiguous; new token n has slot
     `slot_mapping[n]` (int64 [N], block * block_size + offset), or none where that is negative.
+    Whoever stores converts to their dtype; what that cannot hold becomes the nearest number that it can.
     """
 
     keys: torch.Tensor
@@ -134,6 +139,14 @@ class AttentionBackend(ABC):
         True promises: launches depend only on shapes, `max_query_len` and `max_seq_len`; what the
         tensors of `batch` hold is read on the device, and a replay after new contents were copied into the same tensors
         (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1.
+        """
+        return False
+
+    def reads_once(self, num_repeated_keys: int) -> bool:
+        """Whether `plan` treats steps with so many repeated keys (`AttentionBatch`) otherwise than those with none.
+
+        Decode graphs are captured apart for the two; either must serve every step. False, the default, asks nobody to
+        count them.
         """
         return False
 

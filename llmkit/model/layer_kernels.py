@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkit.cuda import overlap, wait_for_previous
+from llmkit.cuda import narrowed, overlap, wait_for_previous
 from llmkit.interfaces.attention import KeyValueSlots
 from llmkit.model.gate_kernel import gated
 from llmkit.model.row_kernels import MAX_ROWS, MAX_SIZE, multiply_rows
@@ -207,10 +207,11 @@ def _norm_and_rotate(
         if slot >= 0:
             place = slot // PAGE * kv_heads * PAGE + slot % PAGE
             stored = (place + (head - num_heads) * PAGE) * head_dim + column
-            tl.store(keys + stored, rotated, mask=inside & (head >= num_heads))
+            tl.store(keys + stored, narrowed(rotated, keys.dtype.element_ty), mask=inside & (head >= num_heads))
             member = tl.arange(0, KV_HEADS)[:, None]
             real = (member < kv_heads) & (column < head_dim)
             value = tl.load(qkv + (row * all_heads + num_rotated + member) * head_dim + column, mask=real, other=0.0)
+            value = narrowed(value, values.dtype.element_ty)
             tl.store(values + (place + member * PAGE) * head_dim + column, value, mask=real)
     else:
         tl.store(out + (row * num_rotated + head) * head_dim + column, rotated, mask=inside)

@@ -2,6 +2,7 @@
 
 from llmkit import AttentionRequirements, Registry, hookimpl
 from llmkit_attention.flash.limits import reasons_against
+from llmkit_attention.flash.settings import FlashSettings
 
 
 @hookimpl
@@ -10,7 +11,10 @@ def llmkit_register(registry: Registry) -> None:
         "sdpa", "llmkit_attention.sdpa:SdpaAttention", doc="PyTorch's scaled dot product attention, on any device."
     )
     registry.add_attention(
-        "flash", "llmkit_attention.flash.backend:FlashAttention", doc="Paged attention in Triton kernels, for CUDA."
+        "flash",
+        "llmkit_attention.flash.backend:FlashAttention",
+        FlashSettings,
+        doc="Paged attention in Triton kernels, for CUDA.",
     )
 
 

@@ -139,9 +139,14 @@ class Sequences:
         splits = (tensor.split(lens) for tensor in (query, key, value, out))
         for (name, _), q, k, v, got in zip(rows, *splits, strict=True):
             layers = self.stored[name].layers
-            layers[layer] = torch.cat([layers[layer][0], k]), torch.cat([layers[layer][1], v])
+            kept = self.kept(k), self.kept(v)
+            layers[layer] = torch.cat([layers[layer][0], kept[0]]), torch.cat([layers[layer][1], kept[1]])
             error = max(error, float((got - dense(self.requirements.layers[layer], q, *layers[layer])).abs().max()))
         return error
+
+    def kept(self, new: torch.Tensor) -> torch.Tensor:
+        """What a backend keeps of new keys or values."""
+        return new
 
     def _grow(self, name: str, num_new: int) -> None:
         layers = self.requirements.layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,8 +25,20 @@ def decode_batch(lengths: list[int], table: torch.Tensor) -> AttentionBatch:
     return AttentionBatch(starts, (last + 1).int(), last.clamp(0), table, slots, 1, BOUND, ones, bounds)
 
 
+REPLAYS = [
+    ([1000, 1, 0, 17], 0),
+    ([1000, 280, 0, 600], 17),
+    ([64, 65, 1024, 513], 0),
+    ([0, 0, 0, 300], 17),
+    ([513, 600, 1024, 577], 32),
+]
+"""Lengths, and how many blocks all rows have in common with the first."""
+
+
 @pytest.mark.cuda
-def test_a_captured_step_serves_other_lengths() -> None:
+@pytest.mark.parametrize("num_repeated", [0, 1 << 40])
+def test_a_captured_step_serves_other_lengths_and_tables(num_repeated: int) -> None:
+    """Rows begin with so many blocks of the first one, whether or not the step was captured for such rows."""
     assert find_spec("triton") is not None, "a GPU without triton"
     from llmkit_attention.flash.backend import FlashAttention
 
@@ -37,7 +51,7 @@ def test_a_captured_step_serves_other_lengths() -> None:
     backend._pools[0].normal_()
     table = torch.randperm(ROWS * pages, device=device, dtype=torch.int32).view(ROWS, pages)
     query, key, value = (torch.randn(ROWS, heads, 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2))
-    static = decode_batch([1, 2, 3, 0], table)
+    static = replace(decode_batch([1, 2, 3, 0], table.clone()), num_repeated_keys=num_repeated)
     assert backend.capturable(static)
     backend.plan(static)
     backend.forward(0, query, key, value)
@@ -46,15 +60,18 @@ def test_a_captured_step_serves_other_lengths() -> None:
     with torch.cuda.graph(graph):
         backend.plan(static)
         out = backend.forward(0, query, key, value)
-    for lengths in ([1000, 1, 0, 17], [64, 65, 1024, 513], [0, 0, 0, 300]):
-        fresh = decode_batch(lengths, table)
+    for lengths, num_common in REPLAYS:
+        now = table.clone()
+        now[:, :num_common] = table[0, :num_common]
+        fresh = decode_batch(lengths, now)
+        static.block_table.copy_(now)
         static.seq_lens.copy_(fresh.seq_lens)
         static.slot_mapping.copy_(fresh.slot_mapping)
         graph.replay()
         for row, length in enumerate(lengths):
             if not length:
                 continue
-            pool = backend._pools[0][:, table[row].long()].transpose(2, 3).reshape(2, -1, 2, 128)[:, :length].cpu()
+            pool = backend._pools[0][:, now[row].long()].transpose(2, 3).reshape(2, -1, 2, 128)[:, :length].cpu()
             assert torch.equal(pool[0, -1], key[row].cpu()) and torch.equal(pool[1, -1], value[row].cpu())
             wanted = dense(SPEC, query[row : row + 1].cpu(), pool[0], pool[1])
             assert (out[row].cpu() - wanted).abs().max() <= 4e-2

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 from llmkit import LLM, SamplingParams
-from llmkit.engine.decode_graph import MAX_ROWS, buckets_up_to
+from llmkit.engine import decode_graph
+from llmkit.engine.decode_graph import MAX_ROWS, DecodeGraphs, buckets_up_to
+from llmkit.engine.repeats import num_repeated_keys
 from llmkit.model.loading import LoadedModel, load_model
 from llmkit.model.sampling import Sampler
 from llmkit.model.spec import ModelSpec
+from llmkit.rows import DecodeRows, Lineup
+from llmkit.types import StepPlan
 
 CONFIG = {
     "model_type": "qwen3", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -25,6 +34,36 @@ def test_buckets_reach_the_number_of_rows_and_no_further(max_rows: int) -> None:
     sizes = buckets_up_to(max_rows)
     assert sizes == sorted(set(sizes)) and sizes[-1] == min(max_rows, MAX_ROWS)
     assert all(size <= 64 + before * 2 for before, size in pairwise(sizes))
+
+
+def test_steps_whose_rows_share_enough_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: which graphs are asked for, and that rows are counted once for each lineup."""
+    asked, counted = [], []
+
+    def capture(self: DecodeGraphs, size: int, repeated: int) -> Any:
+        asked.append((size, repeated))
+        return SimpleNamespace(inputs=torch.zeros(4, size, dtype=torch.int64), graph=Mock(), logits=[], results=None)
+
+    def count(*given: Any) -> int:
+        counted.append(given)
+        return num_repeated_keys(*given)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    monkeypatch.setattr(decode_graph, "num_repeated_keys", count)
+    backend = SimpleNamespace(requirements=SimpleNamespace(block_size=4), reads_once=lambda number: number >= 16)
+    tables = np.arange(32, dtype=np.int32).reshape(4, 8)
+    tables[1:3, :2] = tables[0, :2]
+    graphs = DecodeGraphs(Mock(), backend, Mock(), torch.zeros(5, 33, dtype=torch.int64), tables)  # type: ignore[arg-type]
+    apart, together = (
+        Lineup(("x",) * len(slots), *(array("q", column) for column in (slots, slots, [8] * len(slots))))
+        for slots in ([0, 3], [0, 1, 2])
+    )
+    for lineup in (apart, together, apart):
+        for shift in range(3):
+            graphs.run(StepPlan(0, DecodeRows(lineup, shift)))
+    assert asked == [(2, 0), (4, 16)] and len(counted) == 3
 
 
 @pytest.fixture(scope="module")

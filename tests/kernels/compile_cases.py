@@ -55,8 +55,8 @@ SHAPES = {
 }
 
 
-def batch(*query_lens: int, length: int) -> AttentionBatch:
-    """Rows of `length` keys with so many new tokens each; contents do not matter."""
+def batch(*query_lens: int, length: int, repeated: int = 0) -> AttentionBatch:
+    """Rows of `length` keys with so many new tokens each, of which rows repeat some; contents do not matter."""
     num_rows, num_tokens = len(query_lens), sum(query_lens)
 
     def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -72,15 +72,17 @@ def batch(*query_lens: int, length: int) -> AttentionBatch:
         max_seq_len=length,
         query_lens=query_lens,
         host_seq_lens=(length,) * num_rows,
+        num_repeated_keys=repeated,
     )
 
 
-def attention(shape: Shape) -> None:
+def attention(shape: Shape, **settings: str) -> None:
     """Decodes of one row and of many, short and long; prompts, alone and beside decodes."""
     requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, shape.layers)
-    backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, CPU)
+    backend = FlashAttention(FlashAttention.Settings(**settings), requirements, torch.bfloat16, CPU)
     backend.allocate(NUM_BLOCKS)
     steps = [batch(*[1] * rows, length=length) for rows in (1, 64, 256) for length in (512, 8192)]
+    steps += [batch(*[1] * rows, length=4096, repeated=rows * 2048) for rows in (64, 1000)]
     for step in [*steps, batch(512, 512, length=512), batch(300, 1, length=8192)]:
         backend.plan(step)
         for index, spec in enumerate(shape.layers):
@@ -89,7 +91,13 @@ def attention(shape: Shape) -> None:
             backend.forward(index, *merged.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1))
 
 
-def between_products(shape: Shape) -> None:
+def attention_in_fp8(shape: Shape) -> None:
+    """The same over keys and values in e4m3, and the rotation that stores them."""
+    attention(shape, kv_dtype="fp8")
+    between_products(shape, torch.float8_e4m3fn)
+
+
+def between_products(shape: Shape, stored: torch.dtype = torch.bfloat16) -> None:
     """What stands between the products of a fused layer."""
     spec = shape.layers[0]
 
@@ -104,7 +112,7 @@ def between_products(shape: Shape) -> None:
     norm = (tensor(spec.head_dim), 1e-6) if shape.normed else None
     table = tensor(4, 1, spec.head_dim)
     layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table)
-    pools = tensor(2, NUM_BLOCKS, spec.num_kv_heads, BLOCK, spec.head_dim)
+    pools = tensor(2, NUM_BLOCKS, spec.num_kv_heads, BLOCK, spec.head_dim).to(stored)
     slots = KeyValueSlots(pools[0], pools[1], torch.zeros(4, dtype=torch.int64))
     layer_kernels.norm_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, norm, norm, table, table, slots)
     for activation in ACTIVATIONS:
@@ -174,6 +182,7 @@ def sampler(shape: Shape) -> None:
 
 LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
+    "attention in fp8": attention_in_fp8,
     "between products": between_products,
     "products of rows": products_of_rows,
     "products of tiles": products_of_tiles,

@@ -110,6 +110,20 @@ def test_keys_and_values_go_to_their_slots_and_to_no_other(dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_of_fewer_bits_take_the_nearest_number(dtype: torch.dtype) -> None:
+    """e4m3 ends at 448: what is larger is stored as that, and NaN as NaN."""
+    qkv = 100 * noise(3, 5, 64, dtype=dtype)
+    cos, sin, places = torch.ones_like(qkv[:, :1]), torch.zeros_like(qkv[:, :1]), torch.tensor([5, 0, 2], device=DEVICE)
+    qkv[0, 3, :2], qkv[1, 4, 5], qkv[2, 4, :2] = 1e4, float("nan"), float("-inf")
+    pools = torch.zeros(2, 2, 1, 4, 64, dtype=torch.float8_e4m3fn, device=DEVICE)
+    kernels.norm_and_rotate(qkv, 3, 1, None, None, cos, sin, KeyValueSlots(pools[0], pools[1], places))
+    got = pools.float().view(2, 8, 64)[:, places].transpose(0, 1)
+    wanted = qkv[:, 3:].float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(got.nan_to_num(nan=9.0), wanted.nan_to_num(nan=9.0)) and wanted.isnan().sum() == 1
+    assert got[0, 0, 0] == 448 and got[2, 1, 0] == -448
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 @pytest.mark.parametrize(("width", "outputs"), [(64, 40), (1000, 7), (WHOLE_WIDTH + 72, 20)])
 def test_products_of_few_rows(dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:

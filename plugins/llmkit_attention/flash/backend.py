@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from llmkit.errors import ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
-from llmkit_attention.flash.limits import reasons_against
+from llmkit.interfaces.settings import Settings as AnySettings
+from llmkit_attention.flash.limits import pays, reasons_against
+from llmkit_attention.flash.settings import FlashSettings
 from llmkit_attention.host import HostBlocks
 
 if TYPE_CHECKING:
     from llmkit_attention.flash.launch import Launch, TileList
+    from llmkit_attention.flash.sharing import Prefixes
 
 QUERIES = 64
 """New tokens one prefill program takes."""
@@ -27,12 +31,14 @@ QUERIES = 64
 class _Step:
     """`tiles` int32 [T, 2], (row, first new token) of every prefill program, None for none.
 
-    `singles` list the keys of single-token rows by the layers' window; empty if there are no such rows.
+    `singles` list the keys of single-token rows by kinds of layers; empty if there are no such rows. `shared` says what
+    these rows share, of layers where reading that once pays.
     """
 
     batch: AttentionBatch
     tiles: torch.Tensor | None
     singles: dict[Launch, TileList]
+    shared: dict[Launch, Prefixes]
 
 
 class FlashAttention(AttentionBackend):
@@ -44,7 +50,17 @@ class FlashAttention(AttentionBackend):
     it gives is arbitrary.
     """
 
+    Settings: ClassVar[type[AnySettings]] = FlashSettings
     preferred_block_size = 64
+
+    def __init__(self, settings: FlashSettings, *given: Any) -> None:
+        super().__init__(settings, *given)
+        self.stored_dtype = self.dtype if settings.kv_dtype == "auto" else torch.float8_e4m3fn
+        if self.stored_dtype != self.dtype:
+            from llmkit.cuda import holds_e4m3
+
+            if not holds_e4m3(self.device):
+                raise ConfigError("attention.kv_dtype=fp8 needs a GPU of compute capability 8.9 or higher; choose auto")
 
     @classmethod
     def check(cls, requirements: AttentionRequirements) -> list[str]:
@@ -52,19 +68,15 @@ class FlashAttention(AttentionBackend):
 
     def bytes_per_block(self) -> int:
         per_token = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.requirements.layers)
-        return per_token * self.requirements.block_size * self.dtype.itemsize
+        return per_token * self.requirements.block_size * self.stored_dtype.itemsize
 
     def allocate(self, num_blocks: int) -> None:
         # Only here, so that `check` can say that triton is missing where it is.
         from llmkit_attention.flash.launch import Launch, Workspace
 
         layers, block_size = self.requirements.layers, self.requirements.block_size
-        self._pools = [
-            torch.zeros(
-                (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim), dtype=self.dtype, device=self.device
-            )
-            for spec in layers
-        ]
+        shapes = [(2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim) for spec in layers]
+        self._pools = [torch.zeros(shape, dtype=self.stored_dtype, device=self.device) for shape in shapes]
         workspace = Workspace(layers, self.device)
         launches = {spec: Launch(spec, block_size, workspace) for spec in dict.fromkeys(layers)}
         self._launches = [launches[spec] for spec in layers]
@@ -72,7 +84,7 @@ class FlashAttention(AttentionBackend):
         self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
 
     def allocate_host(self, num_blocks: int) -> bool:
-        self._host = HostBlocks(self._pools, num_blocks)
+        self._host = HostBlocks([pool.view(torch.uint8) for pool in self._pools], num_blocks)
         return True
 
     def save_blocks(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
@@ -84,13 +96,13 @@ class FlashAttention(AttentionBackend):
     def capturable(self, batch: AttentionBatch) -> bool:
         return self.device.type == "cuda" and batch.max_query_len == 1
 
+    def reads_once(self, num_repeated_keys: int) -> bool:
+        return any(pays(spec, num_repeated_keys, self.stored_dtype.itemsize) for spec in self.requirements.layers)
+
     def plan(self, batch: AttentionBatch) -> None:
-        singles = {}
-        if 1 in batch.query_lens:
-            lists = {launch.tiling: launch.list_tiles(batch) for launch in self._tilings}
-            singles = {launch: lists[launch.tiling] for launch in dict.fromkeys(self._launches)}
+        singles, shared = self._plan_singles(batch) if 1 in batch.query_lens else ({}, {})
         if batch.max_query_len == 1:
-            self._step = _Step(batch, None, singles)
+            self._step = _Step(batch, None, singles, shared)
             return
         tiles = [
             (row, first)
@@ -98,7 +110,20 @@ class FlashAttention(AttentionBackend):
             if length > 1
             for first in reversed(range(0, length, QUERIES))
         ]
-        self._step = _Step(batch, self._to_device(tiles) if tiles else None, singles)
+        self._step = _Step(batch, self._to_device(tiles) if tiles else None, singles, shared)
+
+    def _plan_singles(self, batch: AttentionBatch) -> tuple[dict[Launch, TileList], dict[Launch, Prefixes]]:
+        from llmkit_attention.flash.sharing import find
+
+        found, lists = {}, {}
+        for launch in self._tilings:
+            if pays(launch.spec, batch.num_repeated_keys, self.stored_dtype.itemsize):
+                found[launch.tiling] = find(launch, batch)
+            depths = found[launch.tiling].depths if launch.tiling in found else None
+            lists[launch.tiling] = launch.list_tiles(batch, depths)
+        launches = dict.fromkeys(self._launches)
+        singles = {launch: lists[launch.tiling] for launch in launches}
+        return singles, {launch: found[launch.tiling] for launch in launches if launch.tiling in found}
 
     def _to_device(self, tiles: list[tuple[int, int]]) -> torch.Tensor:
         """The tiles as int32 [T, 2], copied without waiting for the device."""
@@ -119,5 +144,9 @@ class FlashAttention(AttentionBackend):
         if step.tiles is not None:
             launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)
         if step.singles:
-            launch.decode(query, pool, out, step.singles[launch], step.batch)
+            shared = step.shared.get(launch)
+            own = shared.own if shared is not None else None
+            launch.decode(query, pool, out, step.singles[launch], step.batch, own)
+            if shared is not None:
+                shared.merge(launch, query, pool, out, step.batch)
         return out

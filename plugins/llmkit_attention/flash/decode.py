@@ -9,16 +9,19 @@ page * (PAGE / TILE) + place. `ends[row]` counts the tiles of all rows up to `ro
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, scores
+from llmkit_attention.flash.tiles import accumulate, factor, scores
 
 
 @triton.jit
 def list_tiles(
-    starts, lengths, tables, table_stride, owners, codes, pages, ends, arrivals, rows, window,
+    starts, lengths, tables, table_stride, depths, owners, codes, pages, ends, arrivals, rows, window,
     HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Program row: its tiles behind those of the rows before it; also clears its `arrivals` [row, HEADS]."""
+    """Program row: its tiles behind those of the rows before it; also clears its `arrivals` [row, HEADS].
+
+    With SHARED the first `depths[row]` tiles are left out: others read them for the row.
+    """
     row = tl.program_id(0)
     index = tl.arange(0, ROWS_PAD)
     inside = index < rows
@@ -26,6 +29,8 @@ def list_tiles(
     begins = tl.load(starts + index, mask=inside, other=0)
     length = tl.where(tl.load(starts + index + 1, mask=inside, other=0) - begins == 1, length, 0)
     lowest = tl.maximum(length - window, 0) if WINDOW else length * 0
+    if SHARED:
+        lowest = tl.load(depths + index, mask=inside, other=0) * TILE
     count = tl.cdiv(length, TILE) - lowest // TILE
     base = tl.sum(tl.where(index < row, count, 0), 0)
     number = tl.sum(tl.where(index == row, count, 0), 0)
@@ -56,17 +61,17 @@ def list_tiles(
 
 @triton.jit
 def attend_one(
-    query, key_pool, value_pool, out, partial, lse, starts, owners, codes, pages, ends, arrivals, rows,
+    query, key_pool, value_pool, out, own, partial, lse, starts, owners, codes, pages, ends, arrivals, rows,
     query_n, query_h, query_d, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, SHARES: tl.constexpr, LEAST: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (share, KV head): its share of the tiles, for the head's GROUP queries.
 
     A row that lies within one share is written to `out`. Of the others a share holds at most two, its first and its
     last: their normalised parts go to `partial` [share, head, 2, ROWS_PAD, DIM] and `lse` (base 2), and the share that
-    arrives last at a row combines its parts.
+    arrives last at a row combines its parts. With SHARED a row's log-sum-exps go to `own` [N, query heads].
     """
     share, head = tl.program_id(0), tl.program_id(1)
     # What `list_tiles` wrote is complete before any kernel of a layer starts, so it is read before the wait.
@@ -99,7 +104,7 @@ def attend_one(
             code = tl.load(codes + ahead)
             page = _pages(pages, ahead, PAGE, TILE)
             seen = offset <= ((now >> 2) & 63)
-            packed = coming
+            packed = factor(coming, key_pool)
             coming = tl.load(query + (code >> 14).to(tl.int64) * query_n + place, mask=real, other=0.0)
             stored = tl.load(key_pool + at, mask=seen[:, None] & inside, other=0.0)
             visible = seen & (offset >= ((now >> 8) & 63)) if WINDOW else seen
@@ -107,7 +112,7 @@ def attend_one(
             logits = tl.where(visible[None, :], logits, float("-inf"))
             # Keys before the window may be anybody's: a weight of 0 would not hide their NaN.
             values = tl.load(value_pool + at, mask=visible[:, None] & inside, other=0.0)
-            top, weight, context = accumulate(logits, values, top, weight, context)
+            top, weight, context = accumulate(logits, values.to(packed.dtype), top, weight, context)
             is_last = (now & 1) != 0
             if is_last | (tile == end - 1):
                 part = ((share * HEADS + head) * 2 + slot) * ROWS_PAD + member
@@ -115,6 +120,8 @@ def attend_one(
                 is_whole = begins & is_last
                 result = context / weight[:, None]
                 _put(out, partial, lse, token, heads, part, dim, result, log, is_whole, real, HEADS * GROUP, DIM)
+                if SHARED:
+                    tl.store(own + token * (HEADS * GROUP) + heads, log, mask=(member < GROUP) & is_whole)
                 top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
                 weight = tl.zeros([ROWS_PAD], tl.float32)
                 context = tl.zeros([ROWS_PAD, DIM_PAD], tl.float32)
@@ -126,8 +133,8 @@ def attend_one(
             if (first < begin) | (last >= end):
                 row = tl.where(item == 0, opening, closing)
                 _hand_over(
-                    out, partial, lse, starts, arrivals, row, first, last, size, head,
-                    HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
+                    out, own, partial, lse, starts, arrivals, row, first, last, size, head,
+                    HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD, SHARED,
                 )  # fmt: skip
             first, last = other_first, other_last
     elif PDL:
@@ -148,8 +155,9 @@ def _put(
 
 @triton.jit
 def _hand_over(
-    out, partial, lse, starts, arrivals, row, first, last, size, head,
+    out, own, partial, lse, starts, arrivals, row, first, last, size, head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """A share has written its part of a row that goes from tile `first` to `last`; if it was the last, combine all."""
     first_share, last_share = first // size, last // size
@@ -160,8 +168,8 @@ def _hand_over(
         begins_inside = (first > first_share * size).to(tl.int32)
         token = tl.load(starts + row).to(tl.int64)
         _combine(
-            out, partial, lse, token, first_share, last_share, begins_inside, head,
-            HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD,
+            out, own, partial, lse, token, first_share, last_share, begins_inside, head,
+            HEADS, GROUP, DIM, ROWS_PAD, DIM_PAD, SHARED,
         )  # fmt: skip
 
 
@@ -191,8 +199,9 @@ def _pages(pages, tile, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _combine(
-    out, partial, lse, token, first_share, last_share, begins_inside, head,
+    out, own, partial, lse, token, first_share, last_share, begins_inside, head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """Write a row's parts weighed by their log-sum-exps.
 
@@ -219,6 +228,8 @@ def _combine(
         total = total * decay + tl.sum(weights, 0)
         context = context * decay[:, None] + tl.sum(values * weights[:, :, None], 0)
         top = new_top
+    if SHARED:
+        tl.store(own + token * (HEADS * GROUP) + head * GROUP + member, top + tl.log2(total), mask=member < GROUP)
     context = context / tl.where(total == 0.0, 1.0, total)[:, None]
     target = (token * (HEADS * GROUP) + head * GROUP + member[:, None]) * DIM + dim[None, :]
     tl.store(out + target, context.to(out.dtype.element_ty), mask=(member < GROUP)[:, None] & (dim < DIM)[None, :])

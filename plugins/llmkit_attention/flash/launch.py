@@ -89,7 +89,7 @@ class Launch:
         self.tile = 64 if self.dim_pad <= 128 else 32
         self.bulk = block_size >= self.tile and spec.head_dim == self.dim_pad
         self.overlap = overlap(workspace.device)
-        self.tiling = (self.tile, spec.window, spec.num_kv_heads)
+        self.tiling = (spec.window, spec.num_heads, spec.num_kv_heads, spec.head_dim)
 
     def pool(self, pool: torch.Tensor) -> Pool:
         """`pool` [2, num_blocks, num_kv_heads, block_size, head_dim] in the form that the other methods take."""
@@ -110,8 +110,11 @@ class Launch:
             HEADS_PAD=power_of_two(spec.num_kv_heads), DIM_PAD=self.dim_pad, **self.overlap,
         )  # fmt: skip
 
-    def list_tiles(self, batch: AttentionBatch) -> TileList:
-        """The tiles of the batch's single-token rows, listed on the device; the same for layers of one window."""
+    def list_tiles(self, batch: AttentionBatch, depths: torch.Tensor | None = None) -> TileList:
+        """The tiles of the batch's single-token rows, listed on the device; the same for all layers of one `tiling`.
+
+        Row r leaves out its first `depths[r]` tiles.
+        """
         assert len(batch.positions) < MAX_TOKENS, f"{len(batch.positions)} tokens in a step, at most {MAX_TOKENS - 1}"
         rows, device = len(batch.seq_lens), batch.seq_lens.device
         most = rows * -(-batch.max_seq_len // self.tile)
@@ -121,23 +124,32 @@ class Launch:
             torch.empty(rows * width, dtype=torch.int32, device=device) for width in (1, self.spec.num_kv_heads)
         )
         list_tiles[(rows,)](
-            *self._rows(batch), owners, codes, listed, ends, arrivals, rows, self.spec.window or 0,
-            HEADS=self.spec.num_kv_heads, PAGE=self.block_size, TILE=self.tile, ROWS_PAD=power_of_two(rows),
-            CHUNK=CHUNK, WINDOW=self.spec.window is not None, num_warps=4,
+            *self.rows(batch), depths if depths is not None else owners, owners, codes, listed, ends, arrivals, rows,
+            self.spec.window or 0, HEADS=self.spec.num_kv_heads, PAGE=self.block_size, TILE=self.tile,
+            ROWS_PAD=power_of_two(rows), CHUNK=CHUNK, WINDOW=self.spec.window is not None, SHARED=depths is not None,
+            num_warps=4,
         )  # fmt: skip
         return TileList(owners, codes, listed, ends, arrivals)
 
     def decode(
-        self, query: torch.Tensor, pool: Pool, out: torch.Tensor, tiles: TileList, batch: AttentionBatch
+        self,
+        query: torch.Tensor,
+        pool: Pool,
+        out: torch.Tensor,
+        tiles: TileList,
+        batch: AttentionBatch,
+        own: torch.Tensor | None = None,
     ) -> None:
-        """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`; other rows are left alone."""
+        """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`, and `own` [N, num_heads], float32, with their
+        log-sum-exps in base 2; other rows are left alone."""
         spec, workspace, shares = self.spec, self.workspace, self.workspace.shares(self.spec)
         attend_one[(shares, spec.num_kv_heads)](
-            query, pool.keys, pool.values, out, workspace.partial, workspace.lse, batch.query_start_loc, tiles.owners,
-            tiles.codes, tiles.pages, tiles.ends, tiles.arrivals, len(batch.seq_lens), *query.stride(), spec.scale,
-            spec.softcap or 1.0, HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size,
-            TILE=self.tile, ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
-            WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
+            query, pool.keys, pool.values, out, own if own is not None else workspace.lse, workspace.partial,
+            workspace.lse, batch.query_start_loc, tiles.owners, tiles.codes, tiles.pages, tiles.ends, tiles.arrivals,
+            len(batch.seq_lens), *query.stride(), spec.scale, spec.softcap or 1.0,
+            HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
+            ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
+            WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None, SHARED=own is not None,
             **self.overlap, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
 
@@ -153,14 +165,15 @@ class Launch:
         """Fill `out` [N, num_heads, head_dim] for the `tiles` int32 [T, 2] of `queries` new tokens each."""
         spec = self.spec
         attend_many[(spec.num_heads, len(tiles))](
-            query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, tiles, *self._rows(batch),
+            query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, tiles, *self.rows(batch),
             *query.stride(), *self._logits(),
             HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
             QUERIES=queries, DIM_PAD=self.dim_pad, WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
             BULK=self.bulk, num_warps=QUERY_WARPS, num_stages=QUERY_STAGES,
         )  # fmt: skip
 
-    def _rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Rows as kernels take them."""
         return batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0)
 
     def _logits(self) -> tuple[float, float, int]:

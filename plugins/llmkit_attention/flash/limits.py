@@ -1,4 +1,4 @@
-"""What the kernels can serve. Imports neither torch nor triton, so that asking costs nothing."""
+"""What the kernels can serve, and what pays. Imports neither torch nor triton, so that asking costs nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = range(16, 257)
+PAYS_BYTES = 24 << 20
+"""Bytes of a layer that must not be read twice: about what a GPU reads while one more kernel starts and merges."""
 
 
 def is_interpreted() -> bool:
@@ -37,3 +39,10 @@ def _against(layer: LayerSpec) -> list[str]:
     if layer.head_dim not in HEAD_DIMS:
         reasons.append(f"head dimension {layer.head_dim} is not within {HEAD_DIMS.start} to {HEAD_DIMS.stop - 1}")
     return reasons
+
+
+def pays(spec: LayerSpec, num_repeated_keys: int, itemsize: int) -> bool:
+    """Whether a second pass is worth its launch in a layer whose rows repeat so many keys. A window moves on, so that
+    its rows soon have nothing in common: they never share."""
+    repeated = 2 * num_repeated_keys * spec.num_kv_heads * spec.head_dim * itemsize
+    return spec.window is None and repeated >= PAYS_BYTES

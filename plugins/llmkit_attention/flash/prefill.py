@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkit_attention.flash.tiles import accumulate, offsets, page_ids, scores
+from llmkit_attention.flash.tiles import accumulate, factor, offsets, page_ids, scores
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def attend_many(
     token, position = (start + index).to(tl.int64), length - count + index
     real = (index < count)[:, None] & (dim < DIM)[None, :]
     block = tl.load(query + token[:, None] * query_n + head * query_h + dim[None, :] * query_d, mask=real, other=0.0)
-    lowest = length - count + offset
+    block, lowest = factor(block, key_pool), length - count + offset
     begin = tl.maximum(lowest - window + 1, 0) // TILE * TILE if WINDOW else 0
     middle = begin if WINDOW else (lowest + 1) // TILE * TILE
     end = tl.minimum(lowest + QUERIES, length)
@@ -46,7 +46,7 @@ def attend_many(
             stored = tl.load(key_pool + base[:, None] + dim[None, :], mask=inside, other=0.0)
             values = tl.load(value_pool + base[:, None] + dim[None, :], mask=inside, other=0.0)
         logits = scores(block, tl.trans(stored), scale, softcap, SOFTCAP)
-        top, total, context = accumulate(logits, values, top, total, context)
+        top, total, context = accumulate(logits, values.to(block.dtype), top, total, context)
     for first in range(middle, end, TILE):
         keys = first + tl.arange(0, TILE)
         base = offsets(page, keys, kv_head, HEADS, PAGE, DIM)
@@ -61,7 +61,7 @@ def attend_many(
             visible &= keys[None, :] > position[:, None] - window
         values = tl.load(value_pool + base[:, None] + dim[None, :], mask=here, other=0.0)
         logits = tl.where(visible, logits, float("-inf"))
-        top, total, context = accumulate(logits, values, top, total, context)
+        top, total, context = accumulate(logits, values.to(block.dtype), top, total, context)
     context = context / tl.where(total == 0.0, 1.0, total)[:, None]
     target = (token[:, None] * (HEADS * GROUP) + head) * DIM + dim[None, :]
     tl.store(out + target, context.to(out.dtype.element_ty), mask=real)

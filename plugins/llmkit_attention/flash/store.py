@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkit.cuda import wait_for_previous
+from llmkit.cuda import narrowed, wait_for_previous
 
 
 @triton.jit
@@ -24,5 +24,5 @@ def write_kv(
         target = (((slot // PAGE) * HEADS + head) * PAGE + slot % PAGE) * DIM + dim
         keys = tl.load(key + token * key_n + head * key_h + dim * key_d, mask=real)
         values = tl.load(value + token * value_n + head * value_h + dim * value_d, mask=real)
-        tl.store(key_pool + target, keys, mask=real)
-        tl.store(value_pool + target, values, mask=real)
+        tl.store(key_pool + target, narrowed(keys, key_pool.dtype.element_ty), mask=real)
+        tl.store(value_pool + target, narrowed(values, value_pool.dtype.element_ty), mask=real)

@@ -1,4 +1,8 @@
-"""What decode and prefill kernels share: where a tile of keys lies, its scores, and the running softmax."""
+"""What decode and prefill kernels share: where a tile of keys lies, its scores, and the running softmax.
+
+Keys and values in e4m3 are multiplied as float16, which holds every such number and takes one instruction to get to;
+but as the model computes where queries are so wide that they would not leave registers enough.
+"""
 
 import triton
 import triton.language as tl
@@ -26,8 +30,19 @@ def offsets(
 
 
 @triton.jit
+def factor(query, pool):
+    """`query` [M, D] in the type in which it is multiplied with what is stored in `pool`."""
+    if pool.dtype.element_ty == tl.float8e4nv and query.shape[1] <= 128:
+        wide = query.to(tl.float32)
+        return tl.where(wide > 65504.0, 65504.0, tl.where(wide < -65504.0, -65504.0, wide)).to(tl.float16)
+    else:
+        return query
+
+
+@triton.jit
 def scores(query, keys, scale, softcap, SOFTCAP: tl.constexpr):
     """Scaled and capped logits in base 2: `query` [M, D], `keys` [D, TILE] -> float32 [M, TILE]."""
+    keys = keys.to(query.dtype)
     if SOFTCAP:
         logits = tl.dot(query, keys) * scale
         logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
