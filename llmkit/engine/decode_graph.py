@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -13,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmkit.engine.captured import Captured, Choose, Decoded
 from llmkit.engine.inputs import slots_and_starts
+from llmkit.engine.mixed_graph import Device, MixedGraphs
 from llmkit.engine.repeats import num_repeated_keys
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.transfer import to_device
 from llmkit.rows import Lineup
-from llmkit.types import DecodeRows, StepPlan
+from llmkit.types import DecodeRows, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)
 
-Choose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`DeviceSampler.choose`: logits, slots, positions and the token table -> results [2, R]."""
 MAX_ROWS = 1024
 SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -37,23 +36,9 @@ def buckets_up_to(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """A graph and what it reads and writes: `inputs` int64 [4, n], `logits` [n, vocab], `results` int64 [2, n]."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: Tensor
-    logits: Tensor
-    results: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """A replayed step, valid until the next one: `logits` [R, vocab], and the plain choice from them, `results` int64
-    [2, >= R] as of `DeviceSampler.choose`."""
-
-    logits: Tensor
-    results: Tensor
+def is_decode(rows: Sequence[ScheduledRequest]) -> bool:
+    """Whether every row computes and samples one token."""
+    return isinstance(rows, DecodeRows) or all(row.num_tokens == 1 and row.samples for row in rows)
 
 
 class DecodeGraphs:
@@ -82,10 +67,11 @@ class DecodeGraphs:
         self._block_size = backend.requirements.block_size
         self._tables = torch.zeros(self._spare + 1, block_tables.shape[1], dtype=torch.int32, device=tokens.device)
         self._buckets = buckets_up_to(self._spare)
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, bool], Captured] = {}
         self._counts = backend.reads_once(tokens.numel())
         self._counted: tuple[Lineup | None, int] = (None, 0)
         self._pool = torch.cuda.graph_pool_handle()
+        self.mixed: MixedGraphs | None = None
 
     def apply(self, plan: StepPlan) -> None:
         """Bring the plan's block-table edits to the device; work is proportional to the blocks that are new."""
@@ -99,24 +85,23 @@ class DecodeGraphs:
             self._tables[slots, columns] = blocks.to(torch.int32)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether every row of `plan` computes and samples one token, and a graph is large enough."""
+        """Whether a graph is large enough for `plan`."""
         rows = plan.scheduled
-        is_decode = isinstance(rows, DecodeRows) or all(row.num_tokens == 1 and row.samples for row in rows)
-        return is_decode and len(rows) <= self._buckets[-1]
+        if is_decode(rows):
+            return len(rows) <= self._buckets[-1]
+        return self.mixed is not None and self.mixed.takes(rows)
 
     def run(self, plan: StepPlan) -> Decoded:
         """Replay a step that `takes` said yes to. Raises RuntimeError if it cannot be captured."""
+        if self.mixed is not None and not is_decode(plan.scheduled):
+            return self.mixed.run(plan.scheduled)
         num_rows = len(plan.scheduled)
         size = next(size for size in self._buckets if size >= num_rows)
         repeated = self._num_repeated(plan) if self._counts else 0
         kind = size, self._backend.reads_once(repeated)
         if kind not in self._captured:
             self._captured[kind] = self._capture(size, repeated)
-        captured = self._captured[kind]
-        inputs = torch.from_numpy(self._inputs(plan, size))
-        captured.inputs.copy_(inputs.pin_memory(), non_blocking=True)
-        captured.graph.replay()
-        return Decoded(captured.logits[:num_rows], captured.results)
+        return self._captured[kind].replay(self._inputs(plan, size), num_rows)
 
     def capture(self) -> None:
         """Capture the largest bucket, so that the others fit into its memory, and the smallest.
@@ -128,6 +113,8 @@ class DecodeGraphs:
         rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes))
         for size in sizes:
             self._captured[size, False] = self._capture(size, 0)
+        mixed = MixedGraphs(Device(self._network, self._backend, self._choose, self._tokens, self._tables, self._pool))
+        self.mixed = mixed if mixed.is_supported() else None
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 
     def is_supported(self) -> bool:
@@ -157,17 +144,8 @@ class DecodeGraphs:
         inputs[:, len(slots) :] = [[self._spare], [0], [-1], [0]]
         return inputs
 
-    def _capture(self, size: int, repeated: int) -> _Captured:
-        device, inputs = self._tokens.device, self._padding(size)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._step(inputs, repeated)  # compiles kernels and creates handles, which a capture must not do
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits, results = self._step(inputs, repeated)
-        return _Captured(graph, inputs, logits, results)
+    def _capture(self, size: int, repeated: int) -> Captured:
+        return Captured.of(lambda inputs: self._step(inputs, repeated), self._padding(size), self._pool)
 
     def _step(self, inputs: Tensor, repeated: int) -> tuple[Tensor, Tensor]:
         slots, positions, _, seq_lens = inputs.unbind()

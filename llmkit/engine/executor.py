@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmkit.engine.decode_graph import DecodeGraphs
+from llmkit.engine.decode_graph import DecodeGraphs, is_decode
 from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.inputs import InputBuilder, PackedInputs, slots_and_starts
 from llmkit.engine.repeats import num_repeated_keys
@@ -16,7 +17,7 @@ from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.model.sampling import Sampled, Sampler
 from llmkit.model.sampling.transfer import to_device
-from llmkit.types import Admission, BlockCopies, StepPlan, StepResult, TokenLogprobs
+from llmkit.types import Admission, BlockCopies, ScheduledRequest, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -117,15 +118,27 @@ class TorchExecutor:
                 copy(*zip(*pairs, strict=True))
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
-        """A decode step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""
-        decoded = graphs.run(plan)
-        rows, positions = slots_and_starts(plan.scheduled)
-        slots, ends = rows.tolist(), (positions + 1).tolist()
-        if self.sampler.is_plain(slots, ends):
-            sampled = Sampled.at_once(decoded.results, len(rows))
-        else:
-            sampled = self._choose(decoded.logits, slots, ends)
-        return _Launched(plan.step_id, len(rows), tuple(range(len(rows))), sampled, {})
+        """A step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""
+        decoded, rows = graphs.run(plan), plan.scheduled
+        sampling = range(len(rows)) if is_decode(rows) else [index for index, row in enumerate(rows) if row.samples]
+        if not sampling:
+            return _Launched(plan.step_id, len(rows), (), None, {})
+        logits, results = decoded.logits, decoded.results
+        if len(sampling) < len(rows):
+            chosen = to_device(sampling, self.tokens.device, torch.int64)
+            logits, results = logits[chosen], results[:, chosen]
+        slots, ends = self._places(rows, sampling)
+        is_plain = self.sampler.is_plain(slots, ends)
+        sampled = Sampled.at_once(results, len(slots)) if is_plain else self._choose(logits, slots, ends)
+        return _Launched(plan.step_id, len(rows), tuple(sampling), sampled, {})
+
+    def _places(self, rows: Sequence[ScheduledRequest], sampling: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Slots of `sampling` rows, and where their next tokens belong."""
+        if is_decode(rows):
+            slots, starts = slots_and_starts(rows)
+            return slots.tolist(), (starts + 1).tolist()
+        chosen = [rows[index] for index in sampling]
+        return [row.slot for row in chosen], [row.start + row.num_tokens for row in chosen]
 
     def _admit(self, admission: Admission) -> None:
         slot, token_ids = admission.slot, admission.token_ids

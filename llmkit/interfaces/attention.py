@@ -53,6 +53,9 @@ class AttentionBatch:
 
     `num_repeated_keys` estimates on the host how many keys of rows with one token lie in blocks that a row before
     them has too; in a captured batch it is that of the step it was captured for.
+
+    With `lens_are_bounds` the batch is captured for rows of any number of new tokens, none included, up to N in all:
+    `query_lens` and `host_seq_lens` are upper bounds, tokens behind the last row's belong to nobody.
     """
 
     query_start_loc: torch.Tensor
@@ -66,6 +69,7 @@ class AttentionBatch:
     host_seq_lens: tuple[int, ...]
     fresh_blocks: torch.Tensor | None = None
     num_repeated_keys: int = 0
+    lens_are_bounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,8 @@ class AttentionBackend(ABC):
 
         True promises: launches depend only on shapes, `max_query_len` and `max_seq_len`; what the
         tensors of `batch` hold is read on the device, and a replay after new contents were copied into the same tensors
-        (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1.
+        (lengths up to `max_seq_len`) equals a fresh step. Rows that fill up have one token, `seq_lens` 0 and slot -1,
+        or no token at all where `lens_are_bounds`; tokens of nobody have slot -1.
         """
         return False
 

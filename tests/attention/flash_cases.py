@@ -145,3 +145,33 @@ def test_rows_of_length_zero_touch_nothing(longest: int) -> None:
         both = torch.cat([keys, key[row : row + 1]]), torch.cat([values, value[row : row + 1]])
         wanted = dense(made.requirements.layers[0], query[row : row + 1], *both)
         assert (out[row] - wanted).abs().max() <= TOLERANCE
+
+
+def test_lengths_that_are_bounds() -> None:
+    """As a captured step with prompts has them: rows without tokens, tokens of nobody, the host knows no length."""
+    made, rows = sequences([layer(2)], block_size=64), [("b", 70), ("a", 1), ("c", 3), ("d", 1), ("e", 129)]
+    made.step([("a", 4), ("b", 90), ("d", 130)])
+    for name, num_new in rows:
+        made._grow(name, num_new)
+    batch, lens = made.batch(rows), [num_new for _, num_new in rows]
+    num, nobody = sum(lens), 60
+    query, key, value = made.draw(0, num + nobody)
+    ends = torch.full((3,), num, dtype=torch.int32)
+    bounds = replace(
+        batch,
+        query_start_loc=torch.cat([batch.query_start_loc, ends]),
+        seq_lens=torch.cat([batch.seq_lens, 0 * ends]),
+        positions=torch.cat([batch.positions, torch.zeros(nobody, dtype=torch.int64)]),
+        block_table=torch.cat([batch.block_table, torch.zeros_like(batch.block_table[:3])]),
+        slot_mapping=torch.cat([batch.slot_mapping, torch.full((nobody,), -1)]),
+        max_query_len=num + nobody,
+        query_lens=(num + nobody,) * 8,
+        host_seq_lens=(batch.max_seq_len,) * 8,
+        lens_are_bounds=True,
+    )
+    made.backend.plan(bounds)
+    out = made.backend.forward(0, query, key, value)[:num].split(lens)
+    for (name, _), q, k, v, got in zip(rows, *(t[:num].split(lens) for t in (query, key, value)), out, strict=True):
+        kept = made.stored[name].layers[0]
+        wanted = dense(made.requirements.layers[0], q, torch.cat([kept[0], k]), torch.cat([kept[1], v]))
+        assert (got - wanted).abs().max() <= TOLERANCE, name

@@ -42,7 +42,7 @@ def test_steps_whose_rows_share_enough_have_graphs_of_their_own(monkeypatch: pyt
 
     def capture(self: DecodeGraphs, size: int, repeated: int) -> Any:
         asked.append((size, repeated))
-        return SimpleNamespace(inputs=torch.zeros(4, size, dtype=torch.int64), graph=Mock(), logits=[], results=None)
+        return SimpleNamespace(replay=Mock())
 
     def count(*given: Any) -> int:
         counted.append(given)

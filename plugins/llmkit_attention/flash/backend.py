@@ -29,7 +29,7 @@ QUERIES = 64
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """`tiles` int32 [T, 2], (row, first new token) of every prefill program, None for none.
+    """`tiles` int32 [T, 2], (row, first new token) of every prefill program or (-1, ...), None for none.
 
     `singles` list the keys of single-token rows by kinds of layers; empty if there are no such rows. `shared` says what
     these rows share, of layers where reading that once pays.
@@ -44,10 +44,10 @@ class _Step:
 class FlashAttention(AttentionBackend):
     """Grouped heads, windows and soft caps, head dimensions 16 to 256, in bfloat16 or float16.
 
-    Steps of single tokens launch grids that depend on nothing but the number of rows and `max_seq_len`, read every
-    length and block on the device and allocate only their result: they can be captured in a CUDA graph. A row that
-    only fills up a captured batch has one token, `seq_lens` 0 and slot -1; it reads and stores nothing, and what
-    it gives is arbitrary.
+    Steps of single tokens, and those whose lengths are bounds, launch grids that depend on nothing but the number of
+    rows and tokens and `max_seq_len`, read every length and block on the device and allocate only their result: they
+    can be captured in a CUDA graph. Rows and tokens that only fill up a captured batch read and store nothing, and what
+    they give is arbitrary.
     """
 
     Settings: ClassVar[type[AnySettings]] = FlashSettings
@@ -94,23 +94,16 @@ class FlashAttention(AttentionBackend):
         self._host.restore(host_blocks, blocks)
 
     def capturable(self, batch: AttentionBatch) -> bool:
-        return self.device.type == "cuda" and batch.max_query_len == 1
+        return self.device.type == "cuda" and (batch.max_query_len == 1 or batch.lens_are_bounds)
 
     def reads_once(self, num_repeated_keys: int) -> bool:
         return any(pays(spec, num_repeated_keys, self.stored_dtype.itemsize) for spec in self.requirements.layers)
 
     def plan(self, batch: AttentionBatch) -> None:
-        singles, shared = self._plan_singles(batch) if 1 in batch.query_lens else ({}, {})
-        if batch.max_query_len == 1:
-            self._step = _Step(batch, None, singles, shared)
-            return
-        tiles = [
-            (row, first)
-            for row, length in enumerate(batch.query_lens)
-            if length > 1
-            for first in reversed(range(0, length, QUERIES))
-        ]
-        self._step = _Step(batch, self._to_device(tiles) if tiles else None, singles, shared)
+        has_singles = batch.lens_are_bounds or 1 in batch.query_lens
+        singles, shared = self._plan_singles(batch) if has_singles else ({}, {})
+        tiles = self._launches[0].list_queries(batch, QUERIES) if batch.max_query_len > 1 else None
+        self._step = _Step(batch, tiles, singles, shared)
 
     def _plan_singles(self, batch: AttentionBatch) -> tuple[dict[Launch, TileList], dict[Launch, Prefixes]]:
         from llmkit_attention.flash.sharing import find
@@ -124,11 +117,6 @@ class FlashAttention(AttentionBackend):
         launches = dict.fromkeys(self._launches)
         singles = {launch: lists[launch.tiling] for launch in launches}
         return singles, {launch: found[launch.tiling] for launch in launches if launch.tiling in found}
-
-    def _to_device(self, tiles: list[tuple[int, int]]) -> torch.Tensor:
-        """The tiles as int32 [T, 2], copied without waiting for the device."""
-        table = torch.tensor(tiles, dtype=torch.int32)
-        return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
 
     def slots(self, layer: int) -> KeyValueSlots:
         pool = self._seen[layer]

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmkit.cuda import overlap
 from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
 from llmkit_attention.flash.decode import attend_one, list_tiles
-from llmkit_attention.flash.prefill import attend_many
+from llmkit_attention.flash.prefill import attend_many, list_queries
 from llmkit_attention.flash.store import write_kv
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -153,6 +153,18 @@ class Launch:
             **self.overlap, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
 
+    def list_queries(self, batch: AttentionBatch, queries: int) -> torch.Tensor:
+        """Tiles of up to `queries` new tokens of rows that have several, int32 [T, 2], listed on the device."""
+        rows = len(batch.seq_lens)
+        most = -(-len(batch.positions) // queries) + rows
+        if not batch.lens_are_bounds:
+            most = sum(-(-length // queries) for length in batch.query_lens if length > 1)
+        tiles = torch.empty(most, 2, dtype=torch.int32, device=batch.seq_lens.device)
+        list_queries[(rows,)](
+            batch.query_start_loc, tiles, rows, most, QUERIES=queries, ROWS_PAD=power_of_two(rows), CHUNK=CHUNK
+        )
+        return tiles
+
     def prefill(
         self,
         query: torch.Tensor,
@@ -162,7 +174,7 @@ class Launch:
         queries: int,
         batch: AttentionBatch,
     ) -> None:
-        """Fill `out` [N, num_heads, head_dim] for the `tiles` int32 [T, 2] of `queries` new tokens each."""
+        """Fill `out` [N, num_heads, head_dim] for the `tiles` of `list_queries`."""
         spec = self.spec
         attend_many[(spec.num_heads, len(tiles))](
             query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, tiles, *self.rows(batch),

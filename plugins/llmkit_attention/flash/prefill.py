@@ -7,6 +7,30 @@ from llmkit_attention.flash.tiles import accumulate, factor, offsets, page_ids, 
 
 
 @triton.jit
+def list_queries(
+    starts, tiles, rows, most, QUERIES: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Program row: (row, first new token) of its tiles, the last ones first, behind those of the rows before it.
+
+    Rows with one new token have none. The last program fills up to `most` with row -1.
+    """
+    row, index = tl.program_id(0), tl.arange(0, ROWS_PAD)
+    inside = index < rows
+    count = tl.load(starts + index + 1, mask=inside, other=0) - tl.load(starts + index, mask=inside, other=0)
+    count = tl.where(count > 1, tl.cdiv(count, QUERIES), 0)
+    base = tl.sum(tl.where(index < row, count, 0), 0)
+    number = tl.sum(tl.where(index == row, count, 0), 0)
+    for chunk in range(0, number, CHUNK):
+        tile = chunk + tl.arange(0, CHUNK)
+        tl.store(tiles + 2 * (base + tile), row + 0 * tile, mask=tile < number)
+        tl.store(tiles + 2 * (base + tile) + 1, (number - 1 - tile) * QUERIES, mask=tile < number)
+    if row == rows - 1:
+        for chunk in range(base + number, most, CHUNK):
+            tile = chunk + tl.arange(0, CHUNK)
+            tl.store(tiles + 2 * tile, 0 * tile - 1, mask=tile < most)
+
+
+@triton.jit
 def attend_many(
     query, key_pool, value_pool, key_tiles, value_tiles, out, tiles, starts, lengths, tables, table_stride,
     query_n, query_h, query_d, scale, softcap, window,
@@ -20,6 +44,8 @@ def attend_many(
     """
     head, tile = tl.program_id(0), tl.program_id(1)
     row, offset = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    if row < 0:
+        return
     start, length = tl.load(starts + row), tl.load(lengths + row)
     count = tl.load(starts + row + 1) - start
     index, dim = offset + tl.arange(0, QUERIES), tl.arange(0, DIM_PAD)
