@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def sharing(step: AttentionBatch, prefix: int) -> AttentionBatch:
     return replace(step, block_table=table, num_repeated_keys=(rows - 1) * prefix)
 
 
-def decode_us(spec: LayerSpec, step: AttentionBatch, kv_dtype: str = "auto") -> float:
-    """Median of the microseconds that a layer of `step` takes inside a CUDA graph."""
+def decode_us(spec: LayerSpec, step: AttentionBatch, kv_dtype: str = "auto") -> tuple[float, float]:
+    """Medians inside CUDA graphs: microseconds of a layer of `step`, and of planning it once."""
     num_blocks = int(step.block_table.max()) + 1
     settings = FlashSettings.model_validate({"kv_dtype": kv_dtype})
     size = FlashAttention(
@@ -59,14 +59,15 @@ def decode_us(spec: LayerSpec, step: AttentionBatch, kv_dtype: str = "auto") -> 
     backend.plan(step)
     run()
     torch.cuda.synchronize()
+    layers, plan = replayed_us(run), replayed_us(lambda: backend.plan(step))
+    return layers / num_layers, plan
+
+
+def replayed_us(run: Callable[[], None]) -> float:
+    """Median over replays of `run`, after two that do not count."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return replayed_us(graph) / num_layers
-
-
-def replayed_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Median over replays, after two that do not count."""
     times = []
     for _ in range(REPEATS + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -87,7 +88,8 @@ def shared_rows(kv_dtype: str) -> list[str]:
             step = sharing(blocks_of_64(rows, PREFIX + own), PREFIX)
             apart, once = (decode_us(spec, replace(step, num_repeated_keys=n), kv_dtype) for n in (0, 1 << 40))
             name = f"| {heads}/{kv_heads} | {kv_dtype} | {rows} x ({PREFIX} + {own})"
-            lines.append(f"{name} | {apart:.1f} | {once:.1f} | {apart / once:.2f}x |")
+            plans = f"{apart[1]:.1f} | {once[1]:.1f}"
+            lines.append(f"{name} | {apart[0]:.1f} | {once[0]:.1f} | {apart[0] / once[0]:.2f}x | {plans} |")
             print(lines[-1], flush=True)
     return lines
 
@@ -99,7 +101,7 @@ def narrow_rows() -> list[str]:
         spec = LayerSpec(heads, kv_heads, DIM, DIM**-0.5)
         for rows, context in NARROW:
             step = blocks_of_64(rows, context)
-            wide, narrow = (decode_us(spec, step, kv_dtype) for kv_dtype in ("auto", "fp8"))
+            wide, narrow = (decode_us(spec, step, kv_dtype)[0] for kv_dtype in ("auto", "fp8"))
             keys = rows * context * kv_heads * DIM
             rates = f"{4 * keys / wide / 1e3:.0f} | {2 * keys / narrow / 1e3:.0f}"
             name = f"| {heads}/{kv_heads} | {rows} x {context}"
@@ -127,8 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{versions}; queries in bf16, blocks of {BLOCK}, head dimension {DIM};",
         f"copy {copy_bandwidth() / 1e12:.2f} TB/s.",
         f"Medians of {REPEATS} replays. Command: `python -m benchmarks.shared_prefix_gpu`\n",
-        "| heads | keys | rows x (shared + own) | us a layer, every row for itself | read once | speedup |",
-        "|---|---|---|---:|---:|---:|",
+        "| heads | keys | rows x (shared + own) | us a layer, every row for itself | read once | speedup "
+        "| us of a plan, every row for itself | read once |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
         *(line for kv_dtype in ("auto", "fp8") for line in shared_rows(kv_dtype)),
         "\n| heads | rows x context | bf16, us a layer | e4m3 | bf16, GB/s | e4m3 | speedup |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -24,7 +24,7 @@ def patch_and_mend(tensor: Any, scope: Any) -> None:
 
 
 def convert(numbers: NDArray[Any], source: Any, target: Any, rounding: Any) -> NDArray[Any]:
-    """Bits of `numbers` as `target`; e4m3 to the nearest, and NaN beyond its largest number, on which nobody relies."""
+    """Bits of `numbers` as `target`; e4m3 to the nearest, and to NaN beyond its largest number."""
     if target == tl.float8e4nv and source in (tl.float16, tl.float32):
         wide = torch.from_numpy(numbers).float()
         held = wide.masked_fill(wide.abs() > 464.0, float("nan"))
