@@ -153,6 +153,13 @@ def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
     option = option.partition(".")[0]
     names = [name for name in _chosen(head, argv, registry) if name in registry.names(head)]
     models = [SECTIONS[head]] if head in SECTIONS else [registry.get(head, name).settings for name in names]
+    lacking = [name for name, model in zip(names, models, strict=False) if option not in model.model_fields]
+    if lacking and len(lacking) < len(names):
+        having = [name for name in names if name not in lacking]
+        return (
+            f"{key}: {head}={','.join(having)} has this option, {head}={','.join(lacking)} has not: "
+            "sweep over both kinds in two runs"
+        )
     for model in models:
         if option not in model.model_fields:
             return no_such_option(model, option, head)

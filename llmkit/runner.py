@@ -16,7 +16,7 @@ from rich.console import Console
 
 from llmkit.compose import Job, run_hydra, store, to_yaml
 from llmkit.config import Choice, RunConfig, plain, resolve
-from llmkit.errors import LlmkitError
+from llmkit.errors import ConfigError, LlmkitError
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
 from llmkit.report.sweep_table import print_sweep
@@ -68,6 +68,7 @@ class Runner:
     def play(self, job: Job) -> RunOutcome:
         """Build what the job asks for and run its workload in its own folder."""
         config = resolve(self.registry, job.raw)
+        check_folder("plots_dir", Path(config.plots_dir))
         factory = self.registry.get("workload", config.workload.name).load()
         workload = factory(config.workload.settings)
         llm = self._llm(config)
@@ -97,6 +98,13 @@ class Runner:
         llm = LLM(model, config.scheduler, config.cache, config.attention, engine=config.engine)
         self._models[key] = llm.model
         return llm
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """ConfigError unless `folder` can be written to, or made; it is not made here."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"{option}={folder}: {there} is not a folder that can be written to")
 
 
 def num_bytes(model: LoadedModel) -> int:

@@ -112,7 +112,10 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
-        """Create the KV pool, zeroed. Called once, before the first `plan`."""
+        """Create the KV pool, zeroed, before the first `plan`.
+
+        Where memory is measured this is called twice: the first pool, of few blocks, has served trial steps by then.
+        """
 
     def allocate_host(self, num_blocks: int) -> bool:
         """Create host memory for `num_blocks` blocks; called at most once, after `allocate`.

@@ -109,6 +109,11 @@ def test_sweep_reports_what_cannot_run_and_runs_the_rest(
         (["model=hf", "model.path=/no/such/folder"], "/no/such/folder"),
         (["model=tiny", "workload=trace", "workload.path=/no/such/file"], "/no/such/file"),
         (["model=tiny", "engine.max_model_len=9999"], "engine.max_model_len=9999"),
+        (["model=tiny", "plots_dir=/dev/null/x"], "plots_dir=/dev/null/x: /dev/null is not a folder that can be"),
+        (
+            ["-m", "cache=paged,contiguous", "cache.prefix=off"],
+            "cache.prefix: cache=paged has this option, cache=contiguous has not: sweep over both kinds in two runs",
+        ),
         (["model=tiny", "engine.num_blocks=100000000"], "engine.num_blocks=100000000"),
     ],
 )
