@@ -28,7 +28,10 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph and what it reads and writes: `inputs` int64 [k, n], `logits` [n, vocab], `results` int64 [2, n]."""
+    """A graph and what it reads and writes: `inputs` int64 [k, n], `logits` [n, vocab], `results` int64 [2, n].
+
+    The graphs of a pool take turns in its memory, so logits last until the next replay of any of them.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
@@ -46,10 +49,25 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits, results = step(inputs)
-        return cls(graph, inputs, logits, results)
+        return cls(graph, inputs, borrowed(logits), results)
 
     def replay(self, inputs: NDArray[np.int64], num_rows: int) -> Decoded:
         """Run the step on other numbers, of which the first `num_rows` rows are real."""
         self.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
         self.graph.replay()
         return Decoded(self.logits[:num_rows], self.results)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Device memory that somebody else owns, for whoever understands CUDA's array interface."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same numbers in the same place, which no longer keeps that place from later captures in the pool."""
+    if not tensor.is_contiguous():
+        return tensor
+    place = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3}
+    return torch.as_tensor(_Memory(place), device=tensor.device).view(tensor.dtype).view(tensor.shape)

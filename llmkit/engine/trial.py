@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmkit.engine.executor import TorchExecutor
+from llmkit.engine.mixed_graph import TOKENS
 from llmkit.errors import CapacityError
 from llmkit.interfaces.scheduler import SchedulerSettings
 from llmkit.model.memory import Meter
@@ -33,13 +34,17 @@ def bytes_of_largest_steps(
     meter.start()
     try:
         executor = make_executor(lengths[0])
-        prompts, decodes = largest_plans(lengths, max_model_len, executor.inputs.block_size)
+        block_size = executor.inputs.block_size
+        prompts, decodes = largest_plans(lengths, max_model_len, block_size)
         rehearse(executor.tokens.device, lambda: executor.launch(prompts), lambda: executor.launch(decodes))
         executor.launch(prompts).wait()
         taken = meter.taken()
-        # Graphs of decode steps keep what they need to themselves.
+        # Graphs keep what they need to themselves, all of them the same memory.
+        num_captured = min(limits.max_num_batched_tokens, TOKENS[-1])
+        captured = largest_prompts(limits.max_num_seqs, num_captured, max_model_len)
         meter.start()
         executor.launch(decodes).wait()
+        executor.launch(largest_plans(captured, max_model_len, block_size)[0]).wait()
         taken += meter.taken()
     except torch.OutOfMemoryError as error:
         raise CapacityError(

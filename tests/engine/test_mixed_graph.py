@@ -126,3 +126,16 @@ def test_tokens_chosen_in_the_graph_are_those_of_its_logits(model: LoadedModel, 
     asking = [SamplingParams(max_tokens=n, seed=n, logprobs=1, **ask) for n in lengths(20)]
     wanted = [output.token_ids for output in generate(model, asking, 60, depth=1)]
     assert [output.token_ids for output in generate(model, plain, 60, depth=1)] == wanted
+
+
+@pytest.mark.cuda
+def test_graphs_take_turns_in_their_memory(model: LoadedModel) -> None:
+    """Logits of one graph lie where another has what it works with."""
+    llm = LLM(model, {"name": "continuous", "max_num_seqs": 300}, attention="flash", dtype="bfloat16")
+    graphs = llm.engine.executor.graphs.mixed  # type: ignore[attr-defined]
+    for num_tokens in TOKENS[:3]:
+        graphs._captured[256, num_tokens] = graphs.capture(256, num_tokens)
+    held = torch.cuda.memory_allocated()
+    for num_tokens in TOKENS[3:6]:
+        graphs._captured[256, num_tokens] = graphs.capture(256, num_tokens)
+    assert torch.cuda.memory_allocated() - held < 256 * 512 * 2  # less than the logits of one

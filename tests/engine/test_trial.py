@@ -71,7 +71,7 @@ def test_the_pool_gets_what_two_trial_steps_leave_and_its_tokens_are_the_same(mo
     wanted = tokens_of(LLM(tiny(), **options))
     meter = metered(monkeypatch, free=40 * BLOCK_BYTES + 2000, step_bytes=1000)
     llm = LLM(tiny(), **options)
-    assert meter.events == ["start", [13, 13, 13, 13, 12], "taken", "start", [1] * 5, "taken"]
+    assert meter.events == ["start", [13, 13, 13, 13, 12], "taken", "start", [1] * 5, [13, 13, 13, 13, 12], "taken"]
     assert llm.engine.planner.allocator.spec.num_blocks == 40
     assert not any(pool.any() for pool in llm.attention._pools), "the trial wrote to the pool"
     assert tokens_of(llm) == wanted
