@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from torch.overrides import TorchFunctionMode
 log = logging.getLogger(__name__)
 MAX_THREADS = 16
 FRESH = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
+
+
+_is_on: ContextVar[bool] = ContextVar("llmkit_rehearses", default=False)
+
+
+def is_rehearsing() -> bool:
+    """Whether this is called by a step of `rehearse`."""
+    return _is_on.get()
 
 
 def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
@@ -46,6 +55,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         JITFunction.run = compile_only
+        token = _is_on.set(True)
         try:
             with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros():
                 for step in steps:
@@ -54,6 +64,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
             log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
             return
         finally:
+            _is_on.reset(token)
             JITFunction.run = run
         list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
 
