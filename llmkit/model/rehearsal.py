@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -55,18 +56,25 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         JITFunction.run = compile_only
-        token = _is_on.set(True)
         try:
-            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros():
+            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros(), _marked():
                 for step in steps:
                     step()
         except Exception as fault:
             log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
             return
         finally:
-            _is_on.reset(token)
             JITFunction.run = run
         list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    token = _is_on.set(True)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
 
 
 class _Zeros(TorchFunctionMode):
