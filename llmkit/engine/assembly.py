@@ -74,7 +74,7 @@ def build_engine(
     reach = _reach(model, settings)
     allocator = _allocator(cache, model, backend, settings, limits.max_num_seqs, reach)
     max_model_len = min(reach, allocator.max_num_tokens or reach)
-    network = build_network(model, backend, max_model_len, settings.fused)
+    network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
     meter = meter_of(device)
     if meter is not None:
 

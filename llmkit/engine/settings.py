@@ -29,4 +29,5 @@ class EngineSettings(Settings):
     depth: Literal["auto", 0, 1] = Field("auto", description="steps in flight while planning; auto: 1 on CUDA, else 0")
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of requests that bring none, and of random weights")
     fused: bool = Field(True, description="fused projections and norms where the model allows")
+    compile: bool = Field(False, description="torch's compiler for the layers of models that are not fused")
     graphs: bool = Field(True, description="decode steps as CUDA graphs where the attention backend allows")

@@ -146,7 +146,8 @@ class _Later:
         return getattr(importlib.import_module(self.__module__), self.__name__)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # typing asks for some of these whenever it meets an annotation
+        # typing asks for some of these whenever it meets an annotation; transformers documents methods by the others.
+        if name.startswith("__") and name not in ("__bases__", "__annotations__"):
             raise AttributeError(name)
         return getattr(self._real, name)
 

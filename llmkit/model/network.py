@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 
 from llmkit.interfaces.attention import AttentionBackend, KeyValueSlots
 from llmkit.model.certify import certified_decoder
+from llmkit.model.compiled import CompiledLayers
 from llmkit.model.fused import FusedDecoder
 from llmkit.model.loading import LoadedModel
 from llmkit.model.routing import Route, routed
@@ -25,15 +27,19 @@ class Network(Protocol):
 
 
 class GeneralNetwork:
-    """Any supported model through transformers' own modules; only their attention is ours."""
+    """Any supported model through transformers' own modules; only their attention is ours.
 
-    def __init__(self, model: LoadedModel, backend: AttentionBackend) -> None:
+    With `compiles` their layers go through torch's compiler.
+    """
+
+    def __init__(self, model: LoadedModel, backend: AttentionBackend, compiles: bool = False) -> None:
         self._module = model.module
+        self._compiled = CompiledLayers(model.module, model.architecture.layers) if compiles else None
         modules = dict(model.module.named_modules())
         self._routes = {modules[name]: _route(backend, i) for i, name in enumerate(model.architecture.layers)}
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        with routed(self._routes):
+        with routed(self._routes), self._compiled.in_place() if self._compiled else nullcontext():
             out = self._module(
                 input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows
             )
@@ -76,14 +82,19 @@ class FusedNetwork:
         return self._decoder.forward(input_ids, positions, rows, self._attentions)
 
 
-def build_network(model: LoadedModel, backend: AttentionBackend, max_model_len: int, fused: bool = True) -> Network:
-    """The fused network where the model's structure matches and its numbers agree, the general one otherwise."""
+def build_network(
+    model: LoadedModel, backend: AttentionBackend, max_model_len: int, fused: bool = True, compiles: bool = False
+) -> Network:
+    """The fused network where the model's structure matches and its numbers agree, the general one otherwise.
+
+    `compiles` is for the general one: whether its layers go through torch's compiler.
+    """
     if not fused:
-        return GeneralNetwork(model, backend)
+        return GeneralNetwork(model, backend, compiles)
     if max_model_len not in model.fused:
         model.fused[max_model_len] = certified_decoder(model, max_model_len)
     decoder, reason = model.fused[max_model_len]
     if decoder is None:
         log.info("model %s runs transformers' own layers: %s", model.name, reason)
-        return GeneralNetwork(model, backend)
+        return GeneralNetwork(model, backend, compiles)
     return FusedNetwork(decoder, backend)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ from torch.overrides import TorchFunctionMode
 log = logging.getLogger(__name__)
 MAX_THREADS = 16
 FRESH = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
+
+
+_is_on: ContextVar[bool] = ContextVar("llmkit_rehearses", default=False)
+
+
+def is_rehearsing() -> bool:
+    """Whether this is called by a step of `rehearse`."""
+    return _is_on.get()
 
 
 def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
@@ -47,7 +57,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         JITFunction.run = compile_only
         try:
-            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros():
+            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros(), _marked():
                 for step in steps:
                     step()
         except Exception as fault:
@@ -56,6 +66,15 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
         finally:
             JITFunction.run = run
         list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    token = _is_on.set(True)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
 
 
 class _Zeros(TorchFunctionMode):

@@ -30,7 +30,7 @@ Visible = Callable[[int, torch.Tensor], torch.Tensor]
 _routes: ContextVar[Mapping[torch.nn.Module, Route]] = ContextVar("llmkit_routes")
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -59,8 +59,8 @@ def mask_of(mask: torch.Tensor) -> Visible | None:
     return getattr(mask, "visible", None)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionInterface.register(PROBE, _attend)
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionInterface.register(PROBE, attend)
 AttentionMaskInterface.register(PROBE, describe_mask)
 
 

@@ -16,6 +16,15 @@ def llmkit_register(registry: Registry) -> None:
         FlashSettings,
         doc="Paged attention in Triton kernels, for CUDA.",
     )
+    registry.add_attention(
+        "flash_attn", "llmkit_attention.flash_attn:FlashAttnAttention", doc="The flash-attn package, version 3 or 2."
+    )
+    registry.add_attention(
+        "flashinfer", "llmkit_attention.flashinfer:FlashInferAttention", doc="The flashinfer package."
+    )
+    registry.add_attention(
+        "varlen", "llmkit_attention.varlen:VarlenAttention", doc="torch's varlen_attn, from torch 2.13 on, for CUDA."
+    )
 
 
 @hookimpl(trylast=True)

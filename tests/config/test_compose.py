@@ -137,7 +137,11 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
             "unknown scheduler 'contnuous'; did you mean 'continuous'? (choices: continuous, deadline, fair, mine, ",
         ),
         (["cache=x"], "unknown cache 'x' (choices: contiguous, paged, radix)"),
-        (["attention=sdp"], "unknown attention 'sdp'; did you mean 'sdpa'? (choices: auto, flash, sdpa)"),
+        (
+            ["attention=sdp"],
+            "unknown attention 'sdp'; did you mean 'sdpa'? (choices: auto, flash, flash_attn, flashinfer, sdpa, "
+            "varlen)",
+        ),
         (["model=lama_8b"], "unknown model 'lama_8b'; did you mean 'llama_8b'?"),
         (["engine=exakt"], "unknown engine 'exakt'; did you mean 'exact'? (choices: default, exact)"),
         (["+experiment=nope"], "unknown experiment 'nope'"),

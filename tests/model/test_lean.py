@@ -66,6 +66,19 @@ print("all there")
     assert run(RUN.format(model=TINY) + later) == "all there"
 
 
+def test_a_model_whose_methods_are_documented_by_types_that_wait() -> None:
+    """Gemma 3 brings classes for images, and transformers asks for bases of what annotates their methods."""
+    code = """
+import torch
+from llmkit.model.loading import load_model
+from llmkit.model.spec import ModelSpec
+sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8)
+config = {"model_type": "gemma3_text", "num_key_value_heads": 2, **sizes}
+print(type(load_model(ModelSpec("tiny", config=config), torch.float32, torch.device("cpu")).module).__name__)
+"""
+    assert run(code) == "Gemma3ForCausalLM"
+
+
 def test_packages_are_lazy_inside_the_block_only_and_absent_ones_stay_absent(tmp_path: Path) -> None:
     (tmp_path / "librosa").mkdir()
     (tmp_path / "librosa" / "__init__.py").write_text("rate = 7\ndef load(): return 8\nclass Sound: ...\n")
