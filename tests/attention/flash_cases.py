@@ -109,6 +109,18 @@ def test_sequences_go_on_after_waiting_on_the_host() -> None:
     run(made, STEPS[3:])
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_forks_share_full_blocks_and_go_on_from_a_copy(block_size: int) -> None:
+    """Unused slots, copied along, hold NaN."""
+    made = sequences([layer(2), layer(4, 32, window=9)], block_size)
+    run(made, STEPS[:3])
+    made.fork("b", 75, "x", "y")
+    forked = [[("x", 1), ("b", 1), ("y", 1)], [("y", 6), ("b", 1), ("x", 1), ("a", 1)], [("x", 1), ("y", 1), ("b", 1)]]
+    run(made, forked)
+    made.free("b")
+    run(made, [[("x", 1), ("y", 1)]])
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 def test_blocks_behind_the_window_may_hold_anything(block_size: int) -> None:
     made, window = sequences([layer(2, window=40)], block_size, max(8, 512 // block_size)), 40
