@@ -40,7 +40,7 @@ class Request:
     Lengths that must not be confused: `num_tokens` known to the host; `num_computed_tokens` with valid KV;
     `num_in_flight_tokens` launched but not landed; `num_pending_samples` sampled but unread (their ids are on the
     device only). The next position to run is `num_computed_tokens + num_in_flight_tokens`. Of `num_blocks` entries of
-    its block table the first `num_released_blocks` are held no more. `num_ready_tokens` were computed when it last started.
+    its block table the first `num_released_blocks` are held no more. `num_ready_tokens` had KV when it last started.
     Times are seconds on the engine's clock.
     """
 

@@ -54,6 +54,5 @@ class Forks:
 
 
 def is_computed(request: Request) -> bool:
-    """Whether `request` runs and has valid KV of its whole prompt; of what only its last start gave it, nobody knows."""
-    num_computed = request.num_computed_tokens if request.status is RequestStatus.RUNNING else 0
-    return num_computed >= request.num_prompt_tokens and num_computed > request.num_ready_tokens
+    """Whether `request` runs, has KV of its whole prompt, and has landed a row: what it started on is there."""
+    return request.num_ready_tokens < request.num_computed_tokens >= request.num_prompt_tokens

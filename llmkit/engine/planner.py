@@ -30,7 +30,7 @@ from llmkit.types import (
 class Planner:
     """Owns every live request, from `add` until `finish`.
 
-    With `host` preempted ones may wait in host memory. Without `forks` no request is forked, whatever the allocator can.
+    With `host` preempted ones may wait in host memory. Without `forks` none is forked, whatever the allocator can.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ class CacheAllocator(ABC):
         return False
 
     def fork(self, request: Request, parent: Request, num_tokens: int, upto: int) -> tuple[BlockCopy, ...] | None:
-        """Start `request`, which holds nothing, on the first `num_tokens` tokens of `parent`; cover positions below `upto`.
+        """Start `request`, which holds nothing, on the first `num_tokens` of `parent`; cover positions below `upto`.
 
         They have these tokens and their tenant in common; all of them were committed for `parent`, which holds every
         block that a query at `num_tokens` sees. Full blocks are shared and belong to both from now on. `request` is

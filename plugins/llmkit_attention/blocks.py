@@ -1,4 +1,4 @@
-"""Copies of blocks within KV pools: tensors [2, blocks of the pool, ...], one a layer. Nothing here waits for the device."""
+"""Copies of blocks within KV pools, tensors [2, blocks of the pool, ...], one a layer; nothing waits for the device."""
 
 from __future__ import annotations
 

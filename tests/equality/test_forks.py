@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from llmkit.engine.executor import TorchExecutor
 from llmkit.llm import LLM
-from llmkit.types import SamplingParams
+from llmkit.types import SamplingParams, StepPlan
+from llmkit_attention import blocks
 from tests.equality.exact import ReallyFloat64
 from tests.equality.runs import BLOCK_SIZE, GREEDY, MAX_TOKENS, ROOMY, SCARCE, Tap, prompts, reference
 from tests.equality.zoo import tiny_model
+from tests.testing.test_mutants import Bug, plant
 
 NUM_SAMPLES = 4
 LENGTHS = (BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 4 * BLOCK_SIZE + 3, 3)
@@ -21,8 +26,8 @@ OFF = {"name": "paged", "prefix": False}
 
 
 def build(cache: Any, device: str = "cpu", name: str = "llama", num_blocks: int = ROOMY, **options: Any) -> LLM:
-    model = tiny_model(name, device)
-    return LLM(model, cache=cache, attention="sdpa", block_size=BLOCK_SIZE, num_blocks=num_blocks, fused=False, **options)
+    options |= {"attention": "sdpa", "block_size": BLOCK_SIZE, "num_blocks": num_blocks, "fused": False}
+    return LLM(tiny_model(name, device), cache=cache, **options)
 
 
 def num_copied(tap: Tap) -> int:
@@ -92,3 +97,34 @@ def test_a_fork_computes_one_token_of_its_prompt(cache: Any) -> None:
     assert sum(plan.num_tokens for plan in tap.plans) == sum(
         length + (NUM_SAMPLES - 1) + NUM_SAMPLES for length in LENGTHS[:3]
     )
+
+
+def late(self: TorchExecutor, plan: StepPlan) -> Any:
+    """Copies behind the rows instead of before them."""
+    launched = enqueue(self, replace(plan, copies=None))
+    if plan.copies is not None:
+        self._copy(plan.copies)
+    return launched
+
+
+enqueue = TorchExecutor._enqueue
+BUGS: dict[str, Bug | Callable[..., Any]] = {
+    "copies come after the rows": late,
+    "nothing is copied": (TorchExecutor._copy, "if copies.forks:", "if False:"),
+    "another block is copied": (blocks.copy_blocks, "index_select(1, sources)", "index_select(1, sources - 1)"),
+    "one token is not copied": (blocks.copy_blocks, ">= num_tokens[:, None]", ">= num_tokens[:, None] - 1"),
+    "keys only are copied": (blocks.copy_blocks, "pool.index_copy_(1, blocks, copied)", "pool[0, blocks] = copied[0]"),
+    "one layer is left out": (blocks.copy_blocks, "for pool in pools:", "for pool in pools[1:]:"),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_of_copies_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = BUGS[bug]
+    if callable(planted):
+        monkeypatch.setattr(TorchExecutor, "_enqueue", planted)
+    else:
+        plant(monkeypatch, planted)
+    with pytest.raises(AssertionError):
+        test_greedy_samples_are_those_of_transformers(OFF, "llama", 1, ROOMY, "cpu")
