@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmkit import BlockCopy
-from llmkit.errors import ConfigError
+from llmkit import BlockCopy, ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
 from llmkit.interfaces.settings import Settings as AnySettings
 from llmkit_attention.blocks import copy_blocks
