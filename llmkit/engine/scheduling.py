@@ -46,7 +46,7 @@ class PlannedStep:
         allocator, request = self._residency.allocator, view._request
         num_missing = allocator.num_missing_blocks(request, request.num_tokens)
         fork = self._residency.forks.find(request)
-        if fork is not None:
+        if fork is not None and fork.num_tokens > self._residency.num_saved_tokens(request):
             num_own = -(-request.num_tokens // self._block_size) - fork.num_tokens // self._block_size
             num_missing = min(num_missing, num_own)
         if allocator.spec.window is not None and allocator.max_num_tokens is None:

@@ -127,5 +127,8 @@ def test_what_is_saved_of_a_sample_comes_before_what_it_shares(make_rig: Any) ->
     for _ in range(3):
         rig.planned(), rig.land()
     rig.plan(preempt("b"))
+    missing: list[int] = []
+    rig.plan(lambda queue, step: missing.append(step.num_missing_blocks(queue.waiting[0])))
+    assert missing == [3], "all blocks that are restored are its own"
     plan = rig.planned()
     assert rows(plan)[1] == ("b", 11, 1, True) and len(plan.copies.restores) == 3 and not plan.copies.forks
