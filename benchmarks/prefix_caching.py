@@ -2,7 +2,6 @@
 
 python benchmarks/prefix_caching.py
 python benchmarks/prefix_caching.py --num-requests 16 --prompt-len 512 --rounds 5
-python benchmarks/prefix_caching.py --num-requests 4 --samples 16 --no-sharing     # n samples of each prompt instead
 
 Both arms share the weights and take turns. Every round has a shared prompt of its own that no cache has seen, so the
 first requests of a round compute it in either arm. All requests of a round arrive at once.
@@ -37,52 +36,49 @@ class Arm:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a round asks. With `shares` all prompts begin alike; of each there are `samples`."""
+    """What a round asks."""
 
     num_requests: int
     prompt_len: int
-    samples: int = 1
-    shares: bool = True
 
 
 def prompts_of(seed: int, shape: Shape, vocab_size: int) -> list[list[int]]:
-    """A beginning of `prompt_len` random tokens, shared or not, and `TAIL_LEN` of its own for each request."""
+    """A beginning of `prompt_len` random tokens, shared, and `TAIL_LEN` of its own for each request."""
     random = Random(seed)
 
     def draw(length: int) -> list[int]:
         return [random.randrange(1, vocab_size) for _ in range(length)]
 
     stem = draw(shape.prompt_len)
-    return [(stem if shape.shares else draw(shape.prompt_len)) + draw(TAIL_LEN) for _ in range(shape.num_requests)]
+    return [stem + draw(TAIL_LEN) for _ in range(shape.num_requests)]
 
 
-def measure(llm: LLM, prompts: Sequence[Sequence[int]], samples: int) -> Arm:
+def measure(llm: LLM, prompts: Sequence[Sequence[int]]) -> Arm:
     """Run one round."""
-    temperature = 0.0 if samples == 1 else 1.0
-    params = SamplingParams(n=samples, temperature=temperature, max_tokens=MAX_TOKENS, ignore_eos=True, seed=0)
-    outputs = [sample for output in llm.generate(list(prompts), params) for sample in output.completions]
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    outputs = llm.generate(list(prompts), params)
     metrics = [output.metrics for output in outputs]
     num_cached = sum(one.num_cached_tokens for one in metrics)
     return Arm(
         mean(one.ttft for one in metrics if one.ttft is not None),
         max(one.e2el for one in metrics if one.e2el is not None),
-        num_cached / (samples * sum(map(len, prompts))),
+        num_cached / sum(map(len, prompts)),
         [output.token_ids for output in outputs],
     )
 
 
 def compare(model: str, shape: Shape, rounds: int) -> dict[str, Any]:
     """Alternate the arms for `rounds` rounds; medians over rounds, ratios within rounds."""
-    options = {"name": "continuous", "max_num_seqs": shape.num_requests * shape.samples}
+    options = {"name": "continuous", "max_num_seqs": shape.num_requests}
     off = LLM(model, options, {"name": "paged", "prefix": False})
     on = LLM(off.model, options, {"name": "paged", "prefix": True})
     vocab_size = off.engine.limits.vocab_size
     for llm in (off, on):
-        measure(llm, prompts_of(-1, Shape(2, shape.prompt_len), vocab_size), 1)
+        measure(llm, prompts_of(-1, Shape(2, shape.prompt_len), vocab_size))
     pairs = []
     for seed in range(rounds):
         prompts = prompts_of(seed, shape, vocab_size)
-        pairs.append((measure(off, prompts, shape.samples), measure(on, prompts, shape.samples)))
+        pairs.append((measure(off, prompts), measure(on, prompts)))
     equal = [a == b for one, two in pairs for a, b in zip(one.token_ids, two.token_ids, strict=True)]
     return {
         **asdict(shape),
@@ -104,14 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--num-requests", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--no-sharing", action="store_true", help="every prompt is its own from the start")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
-    for name in ("num_requests", "prompt_len", "samples", "rounds"):
+    for name in ("num_requests", "prompt_len", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    shape = Shape(options.num_requests, options.prompt_len, options.samples, not options.no_sharing)
+    shape = Shape(options.num_requests, options.prompt_len)
     print(json.dumps(compare(options.model, shape, options.rounds), indent=2))
     return 0
 

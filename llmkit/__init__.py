@@ -31,6 +31,7 @@ from llmkit.interfaces.scheduler import (
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import Component, Registry
 from llmkit.types import (
+    BlockCopy,
     Completion,
     FinishReason,
     Request,
@@ -55,6 +56,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionBatch",
     "AttentionRequirements",
+    "BlockCopy",
     "CacheAllocator",
     "CacheSpec",
     "CacheStats",

@@ -40,7 +40,7 @@ class Request:
     Lengths that must not be confused: `num_tokens` known to the host; `num_computed_tokens` with valid KV;
     `num_in_flight_tokens` launched but not landed; `num_pending_samples` sampled but unread (their ids are on the
     device only). The next position to run is `num_computed_tokens + num_in_flight_tokens`. Of `num_blocks` entries of
-    its block table the first `num_released_blocks` are held no more.
+    its block table the first `num_released_blocks` are held no more. `num_ready_tokens` had KV when it last started.
     Times are seconds on the engine's clock.
     """
 
@@ -61,6 +61,7 @@ class Request:
     num_in_flight_tokens: int = 0
     num_pending_samples: int = 0
     num_cached_tokens: int = 0
+    num_ready_tokens: int = 0
     num_blocks: int = 0
     num_sent_blocks: int = 0
     num_released_blocks: int = 0
@@ -107,14 +108,24 @@ class BlockTableEdit(NamedTuple):
     blocks: tuple[int, ...]
 
 
-class BlockCopies(NamedTuple):
-    """Copies between the KV pool and host memory, before the step's rows run.
+class BlockCopy(NamedTuple):
+    """Copy the KV of the first `num_tokens` slots of block `source` to `block`, over all layers."""
 
-    First `saves`, (block of the pool, block of the host), then `restores`, (block of the host, block of the pool).
+    source: int
+    block: int
+    num_tokens: int
+
+
+class BlockCopies(NamedTuple):
+    """Copies within the KV pool, and between it and host memory, before the step's rows run.
+
+    First `saves`, (block of the pool, block of the host), then `forks`, all read before any is written, then
+    `restores`, (block of the host, block of the pool).
     """
 
-    saves: tuple[tuple[int, int], ...]
-    restores: tuple[tuple[int, int], ...]
+    saves: tuple[tuple[int, int], ...] = ()
+    restores: tuple[tuple[int, int], ...] = ()
+    forks: tuple[BlockCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

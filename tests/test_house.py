@@ -30,7 +30,10 @@ PURE = [
     *ROOT.glob("plugins/llmkit_caches/*.py"),
     *(ROOT / "llmkit" / name for name in ("batching.py", "types.py", "registry.py", "hookspecs.py")),
     *(ROOT / "llmkit/interfaces" / name for name in ("scheduler.py", "cache.py", "settings.py", "executor.py")),
-    *(ROOT / "llmkit/engine" / name for name in ("planner.py", "scheduling.py", "residency.py", "progress.py")),
+    *(
+        ROOT / "llmkit/engine" / name
+        for name in ("planner.py", "scheduling.py", "residency.py", "progress.py", "forks.py")
+    ),
 ]
 IMPURE = {"time", "datetime", "random", "secrets", "uuid", "torch", "numpy", "transformers", "os", "threading"}
 

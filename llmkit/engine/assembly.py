@@ -95,7 +95,8 @@ def build_engine(
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
     num_tokens = min(limits.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
     host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
-    return Engine(Planner(scheduler, allocator, host), executor, engine_limits, clock or MonotonicClock(), hooks, depth)
+    planner = Planner(scheduler, allocator, host, backend.copies_blocks)
+    return Engine(planner, executor, engine_limits, clock or MonotonicClock(), hooks, depth)
 
 
 def _reach(model: LoadedModel, settings: EngineSettings) -> int:

@@ -109,13 +109,13 @@ class TorchExecutor:
         return _Launched(plan.step_id, len(plan.scheduled), packed.sampling_rows, sampled, prompt_logprobs)
 
     def _copy(self, copies: BlockCopies) -> None:
-        """Blocks to and from host memory, in the same queue as the steps."""
-        for pairs, copy in (
-            (copies.saves, self.backend.save_blocks),
-            (copies.restores, self.backend.restore_blocks),
-        ):
-            if pairs:
-                copy(*zip(*pairs, strict=True))
+        """Blocks to the host, to other blocks, and back from the host, in the same queue as the steps."""
+        if copies.saves:
+            self.backend.save_blocks(*zip(*copies.saves, strict=True))
+        if copies.forks:
+            self.backend.copy_blocks(copies.forks)
+        if copies.restores:
+            self.backend.restore_blocks(*zip(*copies.restores, strict=True))
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> _Launched:
         """A step in one graph; if rows ask for more than plain tokens, all are sampled from its logits."""

@@ -28,9 +28,14 @@ from llmkit.types import (
 
 
 class Planner:
-    """Owns every live request, from `add` until `finish`. With `host` preempted ones may wait in host memory."""
+    """Owns every live request, from `add` until `finish`.
 
-    def __init__(self, scheduler: Scheduler, allocator: CacheAllocator, host: HostPool | None = None) -> None:
+    With `host` preempted ones may wait in host memory. Without `forks` none is forked, whatever the allocator can.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, allocator: CacheAllocator, host: HostPool | None = None, forks: bool = True
+    ) -> None:
         self.scheduler = scheduler
         self.allocator = allocator
         self.requests: dict[str, Request] = {}
@@ -40,7 +45,8 @@ class Planner:
         self._held: dict[str, list[RequestView]] = {}
         self._queue = RequestQueue(RequestList(self._waiting), RequestList(self._running))
         self.host = host
-        self._residency = Residency(allocator, scheduler.settings.max_num_seqs, host)
+        self._residency = Residency(allocator, scheduler.settings.max_num_seqs, host, forks)
+        self._forks = self._residency.forks
         self.containment = self._residency.containment
         self._num_planned_steps = 0
         self._sampling: list[Request] = []
@@ -63,15 +69,19 @@ class Planner:
     def add(self, request: Request, after: str | None = None) -> None:
         """Queue `request` behind the others.
 
-        `after` names a request with the same prompt and tenant. Where the cache reuses prefixes, this one is held back
-        until the other has computed the prompt or has ended.
+        `after` names a request with the same prompt and tenant. Where the cache forks or reuses prefixes, this one is
+        held back until the other has computed the prompt or has ended, if they can share a block of it.
         """
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use")
-        view = RequestView(request, self.allocator.match)
+        leader = self.requests.get(after) if after is not None else None
+        if leader is not None:
+            if (request.token_ids, request.tenant) != (leader.token_ids[: leader.num_prompt_tokens], leader.tenant):
+                raise RequestError(f"request {request.request_id!r} has not the prompt and tenant of {after!r}")
+            self._forks.add(request, leader)
+        view = RequestView(request, self._residency.num_found_tokens)
         self.requests[request.request_id] = request
         self._views[request.request_id] = view
-        leader = self.requests.get(after) if after is not None else None
         if leader is not None and self._can_reuse(request, leader):
             self._held.setdefault(leader.request_id, []).append(view)
         else:
@@ -82,7 +92,8 @@ class Planner:
         has_block = request.num_prompt_tokens > self.allocator.spec.block_size
         is_early = leader.num_computed_tokens < leader.num_prompt_tokens
         runs_whole = request.sampling_params.prompt_logprobs is not None
-        return self.allocator.reuses_prefixes and has_block and is_early and not runs_whole
+        can_share = self._forks.is_on or self.allocator.reuses_prefixes
+        return can_share and has_block and is_early and not runs_whole
 
     def _let_go(self, request_id: str) -> None:
         """Queue those that were held back for a request, where their arrival puts them."""
@@ -185,11 +196,13 @@ class Planner:
         return StepPlan(step_id, tuple(rows), admissions, edits, self._copies(step_id, step, edits))
 
     def _copies(self, step_id: int, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> BlockCopies | None:
-        """What is copied to and from host memory; who starts has been sent its whole block table."""
-        if self.host is None:
-            return None
-        tables = {edit.slot: edit.blocks for edit in edits}
-        return self.host.copies(step_id, [(view._request, tables[view._request.slot]) for view in step.admitted])
+        """What is copied for forks, to host memory and back; who starts has been sent its whole block table."""
+        forks = tuple([copy for view in step.admitted for copy in step.copies[view]])
+        copies = None
+        if self.host is not None:
+            tables = {edit.slot: edit.blocks for edit in edits}
+            copies = self.host.copies(step_id, [(view._request, tables[view._request.slot]) for view in step.admitted])
+        return (copies or BlockCopies())._replace(forks=forks) if forks else copies
 
     def forget_saved(self, plan: StepPlan) -> None:
         """A step has failed as a whole: nobody can rely on what it was to save."""
@@ -240,6 +253,7 @@ class Planner:
             if self.host is not None:
                 self.host.drop(request)
         self._let_go(request.request_id)
+        self._forks.drop(request)
         request.status, request.finish_reason, request.error = RequestStatus.FINISHED, reason, error
 
 

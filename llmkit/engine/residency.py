@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from llmkit.engine.containment import Containment
+from llmkit.engine.forks import Forks
 from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
-from llmkit.types import BlockTableEdit, Request
+from llmkit.types import BlockCopy, BlockTableEdit, Request
 
 UNLIMITED = 1 << 30
+
+
+class Found(NamedTuple):
+    """What a waiting request need not compute: KV of its first `num_ready` tokens, `num_pooled` of them in the pool.
+
+    With `parent` it is forked from that request.
+    """
+
+    num_pooled: int
+    num_ready: int
+    parent: Request | None
 
 
 class Residency:
@@ -19,8 +32,11 @@ class Residency:
     blocks that a request has released are full and count on both sides.
     """
 
-    def __init__(self, allocator: CacheAllocator, max_num_seqs: int, host: HostPool | None = None) -> None:
+    def __init__(
+        self, allocator: CacheAllocator, max_num_seqs: int, host: HostPool | None = None, forks: bool = True
+    ) -> None:
         self.allocator = allocator
+        self.forks = Forks(allocator.spec, forks and allocator.forks)
         self.host = host
         self.block_size = allocator.spec.block_size
         self._has_window = allocator.spec.window is not None
@@ -41,10 +57,36 @@ class Residency:
     def num_unowned_blocks(self) -> int:
         return self.allocator.stats().num_unowned_blocks
 
+    def find(self, request: Request) -> Found:
+        """What a waiting request need not compute; forking it is worth the copy where it spares the most."""
+        num_cached, fork = self.allocator.match(request), self.forks.find(request)
+        num_ready = max(num_cached, self.num_saved_tokens(request))
+        if fork is not None and fork.num_tokens > num_ready:
+            return Found(fork.num_tokens, fork.num_tokens, fork.parent)
+        return Found(num_cached, num_ready, None)
+
+    def num_found_tokens(self, request: Request) -> int:
+        """Leading tokens of a waiting request whose KV is in the pool."""
+        return self.find(request).num_pooled
+
+    def start(self, request: Request, found: Found, upto: int) -> tuple[BlockCopy, ...] | None:
+        """Cover positions below `upto` with blocks, behind what was found. What the step must copy; None: no room."""
+        if found.parent is None:
+            return () if self.reserve(request, upto) else None
+        copies = self.allocator.fork(request, found.parent, found.num_pooled, upto)
+        if copies is not None:
+            self._count_blocks(request)
+        return copies
+
     def reserve(self, request: Request, upto: int) -> bool:
         """Cover positions below `upto` with blocks; all or nothing."""
         if not self.allocator.allocate(request, upto):
             return False
+        self._count_blocks(request)
+        return True
+
+    def _count_blocks(self, request: Request) -> None:
+        """Its table has changed. One that has just started gives it back if that fails."""
         try:
             num_blocks = len(self.allocator.block_table(request))
         except BaseException:
@@ -55,7 +97,6 @@ class Residency:
         request.num_blocks = num_blocks
         if self._has_window:
             request.num_released_blocks = self.allocator.num_released_blocks(request)
-        return True
 
     def num_fitting_tokens(self, request: Request, start: int) -> int:
         """Tokens from position `start` on that fit if `request` has the pool to itself, given what it has released.
@@ -97,13 +138,13 @@ class Residency:
         except BaseException as fault:
             self.containment.take(fault, "saving KV")
 
-    def enter(self, request: Request, num_cached_tokens: int) -> None:
+    def enter(self, request: Request, found: Found) -> None:
         """Give `request` a slot and an epoch of its own; the caller has checked that a slot is free.
 
-        The KV of `num_cached_tokens` is in the pool already.
+        A fork takes nothing back from the host, not even a part of the block that is copied.
         """
         if self.host is not None:
-            self.host.start(request, num_cached_tokens)
+            self.host.start(request, found.num_pooled if found.parent is None else request.num_blocks * self.block_size)
         request.slot = self._free_slots.pop()
         self._num_stays += 1
         request.epoch = self._num_stays

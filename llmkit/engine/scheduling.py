@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmkit.engine.residency import Residency
 from llmkit.errors import PluginError
 from llmkit.interfaces.scheduler import DenialReason, Denied, Grant, RequestView, grant
-from llmkit.types import RequestStatus
+from llmkit.types import BlockCopy, RequestStatus
 
 NO_BLOCKS = Denied(DenialReason.NO_BLOCKS)
 NO_TOKENS = Denied(DenialReason.NO_TOKENS)
@@ -24,6 +24,7 @@ class PlannedStep:
         self.admitted: list[RequestView] = []
         self.preempted: list[RequestView] = []
         self.rejected: dict[RequestView, str] = {}
+        self.copies: dict[RequestView, tuple[BlockCopy, ...]] = {}
         self._residency = residency
         self._block_size = residency.block_size
         self._is_open = True
@@ -44,6 +45,10 @@ class PlannedStep:
         """Blocks still to be found before every known token of a request has its place, a window of them at a time."""
         allocator, request = self._residency.allocator, view._request
         num_missing = allocator.num_missing_blocks(request, request.num_tokens)
+        fork = self._residency.forks.find(request)
+        if fork is not None and fork.num_tokens > self._residency.num_saved_tokens(request):
+            num_own = -(-request.num_tokens // self._block_size) - fork.num_tokens // self._block_size
+            num_missing = min(num_missing, num_own)
         if allocator.spec.window is not None and allocator.max_num_tokens is None:
             num_at_once = allocator.spec.window + self._max_num_tokens
             return min(num_missing, -(-num_at_once // self._block_size) + 1)
@@ -84,24 +89,25 @@ class PlannedStep:
             return NO_SEQS
         if view in self.preempted or residency.is_pinned(request):
             return NO_BLOCKS
-        allocator = residency.allocator
-        num_cached = allocator.match(request)
-        num_ready = max(num_cached, residency.num_saved_tokens(request))
+        allocator, found = residency.allocator, residency.find(request)
+        num_ready = found.num_ready
         num_fitting = residency.num_fitting_tokens(request, num_ready)
-        num_fitting += allocator.spec.num_hidden_blocks(num_cached) * self._block_size
+        num_fitting += allocator.spec.num_hidden_blocks(found.num_pooled) * self._block_size
         num_tokens = min(request.num_tokens - num_ready, max_tokens, self.num_free_tokens, num_fitting)
-        if not residency.reserve(request, num_ready + num_tokens):
+        copies = residency.start(request, found, num_ready + num_tokens)
+        if copies is None:
             stats = allocator.stats()
             return NO_BLOCKS if stats.num_used_blocks else NEVER_FITS
-        residency.enter(request, num_cached)
+        residency.enter(request, found)
         request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = num_ready
+        request.num_computed_tokens = request.num_ready_tokens = num_ready
         residency.num_scheduled_tokens += num_ready
         if not request.num_preemptions:
-            request.num_cached_tokens = num_cached
+            request.num_cached_tokens = found.num_pooled
         request.num_recomputed_tokens += max(0, request.num_lost_tokens - num_ready)
         request.num_lost_tokens = 0
         self.admitted.append(view)
+        self.copies[view] = copies
         self.grants[view] = num_tokens
         self.num_free_tokens -= num_tokens
         return grant(num_tokens)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.interfaces.settings import Settings as AnySettings
+from llmkit.types import BlockCopy
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,8 @@ class AttentionBackend(ABC):
     Settings: ClassVar[type[AnySettings]] = AnySettings
     preferred_block_size: ClassVar[int] = 16
     """Tokens per KV block where the user asks for no number."""
+    copies_blocks: ClassVar[bool] = False
+    """Whether `copy_blocks` works. Without it no request is forked."""
 
     def __init__(
         self, settings: AnySettings, requirements: AttentionRequirements, dtype: torch.dtype, device: torch.device
@@ -116,6 +119,14 @@ class AttentionBackend(ABC):
 
         Where memory is measured this is called twice: the first pool, of few blocks, has served trial steps by then.
         """
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks over all layers, behind everything planned so far and before the next step.
+
+        All sources are read before any block is written. What a block holds behind the tokens copied is somebody's
+        past, as in `fresh_blocks` of a batch, and may be NaN: a backend that loads it clears it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} copies no blocks")
 
     def allocate_host(self, num_blocks: int) -> bool:
         """Create host memory for `num_blocks` blocks; called at most once, after `allocate`.

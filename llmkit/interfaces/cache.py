@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmkit.interfaces.settings import Settings as AnySettings
-from llmkit.types import Request
+from llmkit.types import BlockCopy, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,21 @@ class CacheAllocator(ABC):
     @abstractmethod
     def allocate(self, request: Request, upto: int) -> bool:
         """Make `block_table(request)` cover positions below `upto`. All or nothing: False changes nothing."""
+
+    @property
+    def forks(self) -> bool:
+        """Whether `fork` works. Without it samples of a prompt share what `match` finds."""
+        return False
+
+    def fork(self, request: Request, parent: Request, num_tokens: int, upto: int) -> tuple[BlockCopy, ...] | None:
+        """Start `request`, which holds nothing, on the first `num_tokens` of `parent`; cover positions below `upto`.
+
+        They have these tokens and their tenant in common; all of them were committed for `parent`, which holds every
+        block that a query at `num_tokens` sees. Full blocks are shared and belong to both from now on. `request` is
+        about to write into the one that is partly filled, so it gets one of its own instead, and the answer says what
+        must be copied there before the step runs. All or nothing: None changes nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not fork")
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         """KV below `num_computed_tokens` is now valid and may be published for reuse. Default: nothing to do.

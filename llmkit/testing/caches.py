@@ -69,7 +69,9 @@ def audit(
         request.max_num_tokens = min(request.max_num_tokens, spec.num_slots)
     try:
         for _ in range(num_operations):
-            _operate(ledger, random, random.choice(requests))
+            one, other = random.choice(requests), random.choice(requests)
+            if not ledger.fork(one, other, random.randint(1, 9)):
+                _operate(ledger, random, one)
         for request in requests:
             ledger.free(request)
         for request in requests:

@@ -24,6 +24,7 @@ class Coverage:
     num_late: int = 0
     num_saved_blocks: int = 0
     num_restored_blocks: int = 0
+    num_copied_blocks: int = 0
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -75,6 +75,9 @@ class FakeExecutor:
         if plan.copies is not None:
             for block, host_block in plan.copies.saves:
                 self._host[host_block] = list(self._kv.get(block, ()))
+            found = [(copy, self._kv[copy.source][: copy.num_tokens]) for copy in plan.copies.forks]
+            for copy, entries in found:
+                self._kv[copy.block] = entries + [0] * (self.block_size - len(entries))
             for host_block, block in plan.copies.restores:
                 self._kv[block] = list(self._host[host_block])
         named: dict[int, tuple[_Slot, int, int]] = {}

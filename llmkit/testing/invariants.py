@@ -108,7 +108,10 @@ def _held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
 
 
 def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
-    """The census counts every block exactly as often as tables of `holders` name it, and no table names one twice."""
+    """The census counts every block exactly as often as tables of `holders` name it, and no table names one twice.
+
+    One that several name is full: nobody writes there any more.
+    """
     tables = {request.request_id: _held_blocks(allocator, request) for request in holders}
     census = allocator.census()
     if census == {block: (request_id,) for request_id, table in tables.items() for block in table}:
@@ -123,6 +126,11 @@ def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
     counted = {block: sorted(ids) for block, ids in census.items()}
     named = {block: sorted(ids) for block, ids in owners.items()}
     assert counted == named, f"the census counts {counted}, what runs or is awaited names {named}"
+    for request in holders:
+        num_full = request.num_computed_tokens // allocator.spec.block_size
+        unfinished = allocator.block_table(request)[num_full:] if request.slot >= 0 else ()
+        shared = [block for block in unfinished if len(owners[block]) > 1]
+        assert not shared, f"{request.request_id} has yet to write into {shared}, which others hold as well"
 
 
 def check_contents(planner: Planner, executor: OracleExecutor) -> None:

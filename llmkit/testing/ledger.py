@@ -17,9 +17,11 @@ class Ledger:
         self.block_size = cache.spec.block_size
         self.tables: dict[str, list[int]] = {}
         self.released: dict[str, int] = {}
+        self.num_valid: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
         self._contents: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.num_refusals = 0
+        self.num_forks = 0
 
     def table(self, request: Request) -> list[int]:
         """The request's blocks as the book has them."""
@@ -55,6 +57,7 @@ class Ledger:
             self.tables[request.request_id], self._requests[request.request_id] = table, request
             self._take_released(request, num_cached)
             self._check_reuse(request, len(held), num_cached)
+            self.num_valid[request.request_id] = max(num_cached, self.num_valid.get(request.request_id, 0))
         else:
             self.num_refusals += 1
             assert table == held and self._snapshot() == before, f"{what} was refused, but left {table}"
@@ -63,6 +66,47 @@ class Ledger:
         self.check()
         return is_granted
 
+    def fork(self, request: Request, parent: Request, more: int) -> bool:
+        """Start a request on all that it can have of another, and reserve for `more` tokens; whether that came about.
+
+        What is full is shared and the rest its own, the first of it copied; all or nothing.
+        """
+        num_tokens = self._num_common(request, parent) if self.cache.forks else 0
+        if not num_tokens or num_tokens >= request.max_num_tokens:
+            return False
+        before, theirs, owned = self._snapshot(), self.table(parent), self.cache.census().keys()
+        upto = min(num_tokens + more, request.max_num_tokens)
+        copies = self.cache.fork(request, parent, num_tokens, upto)
+        table, (num_full, num_left) = list(self.cache.block_table(request)), divmod(num_tokens, self.block_size)
+        what = f"fork({request.request_id}, {parent.request_id}, {num_tokens}, {upto}) of {theirs}"
+        if copies is None:
+            assert self._snapshot() == before, f"{what} was refused, but left {table}"
+            return False
+        self.tables[request.request_id], self._requests[request.request_id] = table, request
+        self._take_released(request, num_tokens)
+        first = self.num_released(request)
+        assert table[first:num_full] == theirs[first:num_full], f"{what} shares {table}"
+        assert not owned & {*table[num_full:]}, f"{what} takes blocks of others: {table}"
+        assert len(table) * self.block_size >= upto, f"{what} was granted, but {table} is too short"
+        wanted = [(theirs[num_full], table[num_full], num_left)] if num_left else []
+        assert list(copies) == wanted, f"{what} as {table} copies {copies}"
+        for block in table[num_full:]:
+            self._contents.pop(block, None)
+        self._contents |= {block: (request.tenant, tuple(request.token_ids[:num_tokens])) for _, block, _ in copies}
+        self.num_valid[request.request_id] = num_tokens
+        self.num_forks += 1
+        self.check()
+        return True
+
+    def _num_common(self, request: Request, parent: Request) -> int:
+        """Tokens on which `request` can be forked from `parent`; its last one is always left."""
+        if self.table(request) or not self.table(parent) or request.tenant != parent.tenant:
+            return 0
+        most = min(self.num_valid.get(parent.request_id, 0), request.num_tokens - 1)
+        pairs = zip(request.token_ids[:most], parent.token_ids, strict=False)
+        num_common = next((at for at, (one, other) in enumerate(pairs) if one != other), most)
+        return num_common if self.num_released(parent) <= self.cache.spec.num_hidden_blocks(num_common) else 0
+
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         """Publishing computed tokens moves no block of anybody, but may release those that are seen no more."""
         for index, block in enumerate(self.table(request)):
@@ -70,6 +114,7 @@ class Ledger:
             if index >= self.num_released(request):
                 self._contents[block] = request.tenant, tuple(request.token_ids[:end])
         self.cache.commit(request, num_computed_tokens)
+        self.num_valid[request.request_id] = max(num_computed_tokens, self.num_valid.get(request.request_id, 0))
         self._take_released(request, num_computed_tokens)
         self.check()
 
@@ -97,6 +142,8 @@ class Ledger:
         assert table == held[: len(table)] and is_kept, f"{what} left {table}"
         if not table:
             self.released.pop(request.request_id, None)
+        reach = len(table) * self.block_size
+        self.num_valid[request.request_id] = min(reach, self.num_valid.get(request.request_id, 0))
         self.tables[request.request_id], self._requests[request.request_id] = table, request
         self.check()
         before = self._snapshot()
@@ -109,6 +156,7 @@ class Ledger:
         assert not len(self.cache.block_table(request)), f"{request.request_id} was freed, but keeps a block table"
         self.tables.pop(request.request_id, None)
         self.released.pop(request.request_id, None)
+        self.num_valid.pop(request.request_id, None)
         self.check()
         before = self._snapshot()
         self.cache.free(request)

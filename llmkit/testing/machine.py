@@ -53,6 +53,10 @@ def cache_machine(cache: type[CacheAllocator], options: Mapping[str, Any] | None
             num_cached = 0 if reach else self.ledger.match(request)
             self.ledger.allocate(request, min(max(reach, num_cached) + more, request.max_num_tokens))
 
+        @rule(number=REQUESTS, other=REQUESTS, more=st.integers(1, 9))
+        def fork(self, number: int, other: int, more: int) -> None:
+            self.ledger.fork(self.requests[number], self.requests[other], more)
+
         @rule(number=REQUESTS, upto=LENGTHS)
         def truncate(self, number: int, upto: int) -> None:
             self.ledger.truncate(self.requests[number], upto)
@@ -113,6 +117,10 @@ class WalkMachine(RuleBasedStateMachine):
         self.num_requests += 1
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
         self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority), num_more)
+
+    @rule(number=st.integers(0, 9), seed=st.integers(1, 4))
+    def fork(self, number: int, seed: int) -> None:
+        self.apply(Rule.FORK, str(number), number=seed)
 
     @precondition(lambda self: self.walk.engine.has_unfinished)
     @rule(num_steps=st.integers(1, 4))

@@ -87,6 +87,7 @@ class OracleExecutor:
     inputs: InputBuilder = field(init=False)
     num_saved_blocks: int = 0
     num_restored_blocks: int = 0
+    num_copied_blocks: int = 0
     _kv: defaultdict[int, list[Tag | None]] = field(init=False)
     _host: dict[int, list[Tag | None]] = field(default_factory=dict)
 
@@ -123,19 +124,25 @@ class OracleExecutor:
         return pending
 
     def _copy(self, copies: BlockCopies) -> None:
-        """What was saved must be there to be restored, and nobody in flight may read where it goes."""
+        """What is copied must be there, and nobody in flight may read where it goes."""
         for block, host_block in copies.saves:
             self._host[host_block] = list(self._kv[block])
+        found = [self._kv[source][:num_tokens] for source, _, num_tokens in copies.forks]
+        for (source, block, num_tokens), entries in zip(copies.forks, found, strict=True):
+            assert num_tokens and None not in entries, f"{entries} of block {source} are copied to {block}"
+            self._kv[block] = entries + [None] * (self.block_size - num_tokens)
         for host_block, block in copies.restores:
             self._kv[block] = list(self._host[host_block])
         self.num_saved_blocks += len(copies.saves)
         self.num_restored_blocks += len(copies.restores)
-        written = {block for _, block in copies.restores}
-        assert len(written) == len(copies.restores), f"a block is restored twice: {copies.restores}"
+        self.num_copied_blocks += len(copies.forks)
+        written = {block for _, block in copies.restores} | {copy.block for copy in copies.forks}
+        num_written = len(copies.restores) + len(copies.forks)
+        assert len(written) == num_written, f"a block is restored or copied to twice: {copies}"
         for pending in self.in_flight:
             for other in pending.rows:
                 both = written.intersection(other.table)
-                assert not both, f"{both} are restored, which {other.stay.request_id!r} reads in flight"
+                assert not both, f"{both} are copied to, which {other.stay.request_id!r} reads in flight"
 
     def land(self, number: int) -> None:
         """Launch `number` and those before it have landed: nobody reads their blocks any more."""

@@ -122,10 +122,11 @@ class Walk:
             return
         if rule is Rule.ADD:
             assert event.request is not None
-            self._add(event.request)
-            for number in range(event.number):
+            for number in range(event.number if self._add(event.request) else 0):
                 name, seed = f"{event.request_id}+{number}", event.request.seed + number + 1
                 self._add(replace(event.request, request_id=name, seed=seed), after=event.request_id)
+        elif rule is Rule.FORK:
+            self._fork(event.request_id, event.number)
         elif rule is Rule.ABORT:
             self._abort([event.request_id])
         elif rule is Rule.RESET:
@@ -142,6 +143,7 @@ class Walk:
             self._step()
         self.coverage.num_saved_blocks += self.executor.num_saved_blocks
         self.coverage.num_restored_blocks += self.executor.num_restored_blocks
+        self.coverage.num_copied_blocks += self.executor.num_copied_blocks
         check_empty(self.engine.planner)
         self._expected.check_none_left()
         num_slots = self.cache.spec.num_slots
@@ -150,7 +152,8 @@ class Walk:
         self.cache.free(whole)
         self.cache.check()
 
-    def _add(self, request: Request, after: str | None = None) -> None:
+    def _add(self, request: Request, after: str | None = None) -> bool:
+        """Whether it was taken."""
         request = replace(request, token_ids=list(request.token_ids))
         name, limits = request.request_id, self.engine.limits
         is_wrong = not 0 < request.num_prompt_tokens < limits.max_model_len or name in self.engine.planner.requests
@@ -160,11 +163,20 @@ class Walk:
         except RequestError as error:
             assert is_wrong, f"{name} was refused: {error}"
             self.coverage.num_refusals += 1
-            return
+            return False
         assert not is_wrong, (
             f"{name} was taken with {request.num_prompt_tokens} tokens, of {limits.max_model_len} at most"
         )
         self._liveness.take_on(request, self._expected.add(request))
+        return True
+
+    def _fork(self, request_id: str, seed: int) -> None:
+        """One more sample of a live request's prompt, wherever that one stands."""
+        other = self.engine.planner.requests.get(request_id)
+        if other is not None:
+            name, prompt = f"{request_id}~{seed}", other.token_ids[: other.num_prompt_tokens]
+            wanted = other.sampling_params, self.clock.now(), other.priority, other.tenant, other.deadline
+            self._add(Request(name, prompt, *wanted, other.length_hint, seed), after=request_id)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

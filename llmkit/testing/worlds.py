@@ -20,9 +20,14 @@ VOCABULARIES = ((2, ()), (2, (1,)), (3, ()), (50, (7, 11)))
 
 
 class Rule(Enum):
-    """What can happen to an engine. `PREEMPT` takes out a running request; `PROBE` asks the cache for a prompt."""
+    """What can happen to an engine.
+
+    `FORK` wants one more sample of a live request's prompt; `PREEMPT` takes out a running request; `PROBE` asks the
+    cache for a prompt.
+    """
 
     ADD = "add"
+    FORK = "fork"
     STEP = "step"
     ABORT = "abort"
     RESET = "abort everything"
@@ -33,7 +38,7 @@ class Rule(Enum):
 class Event(NamedTuple):
     """`rule` is applied at step `at`: to `request`, to `request_id`, or to the running request that `number` picks.
 
-    With `ADD`, `number` more samples of the same prompt come behind the first.
+    With `ADD`, `number` more samples of the same prompt come behind the first. With `FORK`, `number` is the seed.
     """
 
     at: int
@@ -131,6 +136,16 @@ class Draws:
                     events.append(Event(at, Rule.ADD, name, self.request(name, number + 100, at)))
         return events
 
+    def forks(self, events: list[Event]) -> list[Event]:
+        """More samples of requests that came some time before; of its own randomness, to leave all else as it is."""
+        random = Random(f"forks of {self.prompts}")
+        added = [event for event in events if event.rule is Rule.ADD]
+        delays = [(event, random.choice((0, 1, random.randint(2, 30)))) for event in added if random.random() < 0.4]
+        return [
+            Event(event.at + delay, Rule.FORK, event.request_id, number=number)
+            for number, (event, delay) in enumerate(delays, 3)
+        ]
+
     def interferences(self) -> list[Event]:
         """Preemptions out of the blue, everything aborted, a prompt that is too long, questions to the cache."""
         random, one = self.random, SamplingParams(max_tokens=1)
@@ -183,7 +198,7 @@ def draw_world(seed: int) -> World:
     draws = Draws(random, spec, vocab_size, is_crowded)
     events, faults, reach = draws.requests(), dict[str, int](), spec.num_slots
     if not is_crowded:
-        events += draws.interferences() if random.random() < 0.7 else []
+        events += [*draws.interferences(), *draws.forks(events)] if random.random() < 0.7 else []
         names = dict.fromkeys(event.request_id for event in events if event.request)
         faults = {name: random.randint(1, spec.num_slots) for name in names if random.random() < 0.2}
         reach = random.choice((reach, reach, random.randint(2, reach)))

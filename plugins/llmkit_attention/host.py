@@ -7,6 +7,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from llmkit_attention.blocks import to_device
+
 
 class HostBlocks:
     """`num_blocks` blocks beside `pools`, tensors [2, blocks of the pool, ...], one a layer.
@@ -25,7 +27,7 @@ class HostBlocks:
 
     def save(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
         """Copy `blocks` of every layer to `host_blocks`."""
-        index = self._index(blocks)
+        index = to_device(blocks, self._pools[0].device)
         for pool, host in zip(self._pools, self._host, strict=True):
             gathered = pool.index_select(1, index)
             for first, start, end in _runs(host_blocks):
@@ -34,18 +36,13 @@ class HostBlocks:
 
     def restore(self, host_blocks: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy `host_blocks` of every layer back to `blocks`."""
-        index = self._index(blocks)
+        index = to_device(blocks, self._pools[0].device)
         for pool, host in zip(self._pools, self._host, strict=True):
             staged = pool.new_empty((2, len(blocks), *pool.shape[2:]))
             for first, start, end in _runs(host_blocks):
                 for half in (0, 1):
                     staged[half, start:end].copy_(host[half, first : first + end - start], non_blocking=True)
             pool.index_copy_(1, index, staged)
-
-    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
-        device = self._pools[0].device
-        index = torch.tensor(blocks, dtype=torch.long)
-        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:

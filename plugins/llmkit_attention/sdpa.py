@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from llmkit import BlockCopy
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit_attention.blocks import copy_blocks
 from llmkit_attention.host import HostBlocks
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -34,6 +36,8 @@ class _Group:
 
 class SdpaAttention(AttentionBackend):
     """Correct everywhere, fast on CPU; KV pool [num_blocks, block_size, num_kv_heads, head_dim] per layer."""
+
+    copies_blocks = True
 
     @classmethod
     def check(cls, requirements: AttentionRequirements) -> list[str]:
@@ -57,6 +61,9 @@ class SdpaAttention(AttentionBackend):
             for layer in self.requirements.layers
         ]
         self._mask_kinds = {(layer.window, layer.num_heads // layer.num_kv_heads) for layer in self.requirements.layers}
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        copy_blocks(self._pools, copies, self.requirements.block_size)
 
     def allocate_host(self, num_blocks: int) -> bool:
         self._host = HostBlocks(self._pools, num_blocks)

@@ -140,6 +140,12 @@ class PrefixIndex(ABC, Generic[C]):
             cached.is_idle, cached.ticket = False, 0
             self.num_idle -= 1
 
+    def share(self, block: int) -> None:
+        """One more request uses `block`, which others use."""
+        cached = self._of_block.get(block)
+        if cached is not None:
+            self.use(cached)
+
     def release(self, block: int) -> bool:
         """Nobody uses `block` any more. Whether it is kept: a published one is, unless there is another copy."""
         cached = self._of_block.get(block)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit import CacheAllocator, CacheSpec, CacheStats, Request, Settings
+from llmkit import BlockCopy, CacheAllocator, CacheSpec, CacheStats, Request, Settings
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
 RELEASED = -1
@@ -88,6 +88,29 @@ class SharingCache(CacheAllocator):
             self._ref_counts[block] = 1
             table.append(block)
         return True
+
+    @property
+    def forks(self) -> bool:
+        return True
+
+    def fork(self, request: Request, parent: Request, num_tokens: int, upto: int) -> tuple[BlockCopy, ...] | None:
+        num_shared, num_left = divmod(num_tokens, self.spec.block_size)
+        num_blocks = -(-upto // self.spec.block_size)
+        if num_blocks - num_shared > len(self._free) + self._index.num_idle:
+            return None
+        self._publish(parent, num_tokens)  # or both would, where a commit has failed
+        theirs, num_released = self._tables[parent.request_id], self.spec.num_hidden_blocks(num_tokens)
+        table = [RELEASED] * num_released + theirs[num_released:num_shared]
+        for block in theirs[num_released:num_shared]:
+            self._index.share(block)
+            self._ref_counts[block] += 1
+        if num_released:
+            self._num_released[request.request_id] = num_released
+        self._tables[request.request_id] = table
+        self._num_published[request.request_id] = num_shared if self._is_on else 0
+        self._index.forget(request)
+        self._grow(table, num_blocks)
+        return (BlockCopy(theirs[num_shared], table[num_shared], num_left),) if num_left else ()
 
     def _reusable(self, request: Request, num_blocks: int) -> Sequence[CachedBlock]:
         """What `request` reuses of its first `num_blocks` blocks when it starts."""

@@ -28,6 +28,12 @@ STEPS: list[Rows] = [
     [("b", 1), ("c", 1), ("a", 1)],
 ]
 """Prompts longer than a tile, beside decodes; chunks behind a cached prefix; decodes only."""
+FORKED: list[Rows] = [
+    [("x", 1), ("b", 1), ("y", 1)],
+    [("y", 6), ("b", 1), ("x", 1), ("a", 1)],
+    [("x", 1), ("y", 1), ("b", 1)],
+]
+"""Forks of `b` beside it."""
 
 
 class OnDevice(FlashAttention):
@@ -107,6 +113,17 @@ def test_sequences_go_on_after_waiting_on_the_host() -> None:
     run(made, STEPS[:3])
     made.swap("a", "b")
     run(made, STEPS[3:])
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_forks_share_full_blocks_and_go_on_from_a_copy(block_size: int) -> None:
+    """Unused slots, copied along, hold NaN."""
+    made = sequences([layer(2), layer(4, 32, window=9)], block_size)
+    run(made, STEPS[:3])
+    made.fork("b", 75, "x", "y")
+    run(made, FORKED)
+    made.free("b")
+    run(made, [[("x", 1), ("y", 1)]])
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 64])

@@ -13,7 +13,7 @@ import torch
 from llmkit.interfaces.attention import LayerSpec
 from llmkit.interfaces.settings import Settings
 from llmkit_attention.flash.settings import FlashSettings
-from tests.attention.flash_cases import DEVICE, DTYPE, HEADS, STEPS, TOLERANCE, OnDevice, layer, run
+from tests.attention.flash_cases import DEVICE, DTYPE, FORKED, HEADS, STEPS, TOLERANCE, OnDevice, layer, run
 from tests.attention.sequences import Sequences, dense
 
 
@@ -53,6 +53,13 @@ def test_shared_kv_heads_and_windows(ratio: int, window: int | None) -> None:
 @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
 def test_head_dimensions(head_dim: int) -> None:
     run(sequences([layer(4, head_dim)]))
+
+
+def test_forks_share_full_blocks_and_go_on_from_a_copy() -> None:
+    made = sequences([layer(2), layer(4, 32, window=9)])
+    run(made, STEPS[:3])
+    made.fork("b", 75, "x", "y")
+    run(made, FORKED)
 
 
 @pytest.mark.parametrize("block_size", [1, 64, 128])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
+from llmkit.types import BlockCopy
 
 CPU = torch.device("cpu")
 GARBAGE = 1e4
@@ -87,6 +88,18 @@ class Sequences:
         now = [block for name in names for block in self.stored[name].blocks]
         assert now != blocks
         self.backend.restore_blocks(host_blocks, now)
+
+    def fork(self, parent: str, num_tokens: int, *names: str) -> None:
+        """Others start on the first tokens of `parent`: they share its full blocks and copy what is left."""
+        theirs, (num_full, num_left) = self.stored[parent], divmod(num_tokens, self.requirements.block_size)
+        copies = []
+        for name in names:
+            blocks, layers = theirs.blocks[:num_full], [(k[:num_tokens], v[:num_tokens]) for k, v in theirs.layers]
+            if num_left:
+                blocks.append(self._free.pop())
+                copies.append(BlockCopy(theirs.blocks[num_full], blocks[-1], num_left))
+            self.stored[name] = Stored(layers, blocks, num_tokens)
+        self.backend.copy_blocks(copies)
 
     def step(self, rows: Rows, slack: int = 0) -> float:
         """Run a step in every layer; the largest absolute error. Host lengths are `slack` above the exact ones."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
+from llmkit.types import BlockCopy
 from llmkit_attention.sdpa import SdpaAttention
 from tests.attention.sequences import CPU, Rows, Sequences
 
@@ -29,6 +30,12 @@ STEPS: list[Rows] = [
     [("e", 33), ("b", 1), ("d", 8), ("c", 6)],
 ]
 """Prompts alone, beside decodes and of like lengths; chunks behind a cached prefix; decodes only; rows that move."""
+FORKED: list[Rows] = [
+    [("x", 1), ("b", 1), ("y", 1)],
+    [("y", 6), ("b", 1), ("x", 1), ("a", 1)],
+    [("x", 1), ("b", 1), ("y", 1), ("a", 1)],
+]
+"""Forks of `b` beside it."""
 
 
 def layer(ratio: int = 2, head_dim: int = 16, **options: Any) -> LayerSpec:
@@ -185,6 +192,35 @@ def test_sequences_go_on_after_waiting_on_the_host() -> None:
     run(sequences, STEPS[:3])
     sequences.swap("a", "b")
     run(sequences, STEPS[3:])
+
+
+@pytest.mark.parametrize("block_size", [4, 5, 16])
+def test_forks_share_full_blocks_and_go_on_from_a_copy(block_size: int) -> None:
+    sequences = Sequences(SdpaAttention, MANY, block_size=block_size)
+    run(sequences, STEPS[:3])
+    sequences.fork("b", 11, "x", "y")
+    run(sequences, FORKED)
+    sequences.fork("y", 13, "z")
+    sequences.free("b")
+    run(sequences, [[("z", 3), ("x", 1)], [("z", 1), ("y", 1)]])
+
+
+def test_nothing_is_copied_but_what_is_shared() -> None:
+    """What the parent has written behind it may be NaN, which no mask hides."""
+    sequences = Sequences(SdpaAttention, MANY, block_size=8)
+    run(sequences, [[("b", 12)]])
+    for pool in sequences.backend._pools:  # type: ignore[attr-defined]
+        pool.view(2, sequences.num_blocks, 8, -1)[:, sequences.stored["b"].blocks[1], 3:] = float("nan")
+    sequences.fork("b", 11, "x", "y")
+    run(sequences, [[("x", 1), ("y", 2)], [("x", 1), ("y", 1)]])
+
+
+def test_all_blocks_are_read_before_any_is_written() -> None:
+    sequences = Sequences(SdpaAttention, [layer()], num_blocks=3)
+    (pool,) = sequences.backend._pools  # type: ignore[attr-defined]
+    one, two, three = pool.clone().unbind(1)
+    sequences.backend.copy_blocks([BlockCopy(0, 1, 4), BlockCopy(1, 2, 4), BlockCopy(2, 0, 4)])
+    assert pool.equal(torch.stack([three, one, two], dim=1)) and not one.equal(two)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

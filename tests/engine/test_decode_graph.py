@@ -98,6 +98,28 @@ def test_rows_that_sample_or_ask_for_more(model: LoadedModel) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_forks_join_in_a_graph_behind_the_copies_of_their_blocks(model: LoadedModel, prefix: bool, depth: int) -> None:
+    params, found = SamplingParams(n=5, max_tokens=40, temperature=0.8, seed=3, ignore_eos=True), []
+    for graphs in (False, True):
+        cache = {"name": "paged", "prefix": prefix}
+        llm = LLM(model, "continuous", cache, "flash", dtype="bfloat16", block_size=16, graphs=graphs, depth=depth)
+        executor, num_copied = llm.engine.executor, []
+        launch = executor.launch
+
+        def counting(plan: StepPlan, launch: Any = launch, num_copied: list[int] = num_copied) -> Any:
+            num_copied += [] if plan.copies is None else [len(plan.copies.forks)]
+            return launch(plan)
+
+        executor.launch = counting  # type: ignore[method-assign]
+        outputs = llm.generate([[(7 * row + i) % 500 + 2 for i in range(21 + 9 * row)] for row in range(3)], params)
+        found.append([sample.token_ids for output in outputs for sample in output.completions])
+        assert sum(num_copied) == 12 and llm.engine.planner.allocator.stats().num_used_blocks == 0
+    assert found[0] == found[1] and len({*found[0]}) == 15
+
+
+@pytest.mark.cuda
 def test_rows_that_only_draw_are_chosen_in_the_graph(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each samples one token eagerly, its prompt's; they join one after the other, so that batches change."""
     params = [SamplingParams(max_tokens=20, temperature=0.5 * row, seed=row, ignore_eos=True) for row in range(6)]

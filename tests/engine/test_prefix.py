@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmkit.types import FinishReason, Request, RequestStatus, SamplingParams, StepPlan
+from llmkit.types import FinishReason, RequestStatus, StepPlan
 
 
 def rows(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
@@ -97,53 +97,3 @@ def test_a_scheduler_that_raises_gives_reused_blocks_back(make_rig: Any) -> None
         rig.plan(start_and_raise)
     assert rig.allocator.stats().num_cached_blocks == 2 and rig.allocator.stats().num_used_blocks == 0
     assert rows(rig.planned()) == [("b", 8, 1, True)]
-
-
-def add_fork(rig: Any, name: str, num_prompt: int = 10, after: str = "a", **fields: Any) -> Request:
-    request = Request(name, list(range(num_prompt)), SamplingParams(max_tokens=8), **fields)
-    rig.planner.add(request, after)
-    return request
-
-
-def test_samples_of_one_prompt_wait_for_the_first_and_reuse_what_it_computed(make_rig: Any) -> None:
-    rig = make_rig(prefix=True)
-    rig.add("a", num_prompt=10)
-    forks = [add_fork(rig, name) for name in "bc"]
-    assert rows(rig.planned()) == [("a", 0, 10, True)] and rig.planner.num_waiting == 2
-    assert rig.planned() and rig.planner.num_running == 1, "what they wait for is still in flight"
-    rig.land()
-    assert rows(rig.planned())[1:] == [("b", 8, 2, True), ("c", 8, 2, True)]
-    assert [fork.num_cached_tokens for fork in forks] == [8, 8] and rig.allocator.stats().num_used_blocks == 2 + 3
-
-
-def test_samples_go_on_when_the_first_ends_without_having_run(make_rig: Any) -> None:
-    rig = make_rig(prefix=True)
-    rig.planner.add(Request("a", list(range(10)), SamplingParams()))
-    add_fork(rig, "b"), add_fork(rig, "c")
-    rig.planner.finish(rig.planner.requests["b"], FinishReason.ABORT)
-    rig.planner.finish(rig.planner.requests["a"], FinishReason.ABORT)
-    assert rows(rig.planned()) == [("c", 0, 10, True)]
-
-
-@pytest.mark.parametrize("num_prompt", [4, 5])
-def test_samples_wait_only_for_a_block(make_rig: Any, num_prompt: int) -> None:
-    rig = make_rig(prefix=True)
-    rig.add("a", num_prompt=num_prompt)
-    add_fork(rig, "b", num_prompt)
-    assert len(rows(rig.planned())) == (2 if num_prompt == 4 else 1)
-
-
-def test_samples_do_not_wait_where_nothing_is_reused(make_rig: Any) -> None:
-    rig = make_rig(prefix=False)
-    rig.add("a", num_prompt=10)
-    add_fork(rig, "b")
-    assert len(rows(rig.planned())) == 2
-
-
-def test_samples_keep_the_place_of_their_arrival(make_rig: Any) -> None:
-    rig = make_rig(prefix=True, max_num_seqs=1)
-    rig.add("a", num_prompt=10)
-    add_fork(rig, "b", arrival_time=1.0)
-    rig.add("c", arrival_time=0.5), rig.add("d", arrival_time=2.0)
-    rig.planned(), rig.land()
-    assert [view.request_id for view in rig.planner._waiting] == ["c", "b", "d"]

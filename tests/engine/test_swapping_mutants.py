@@ -54,13 +54,13 @@ SWAPPING: dict[str, Bug] = {
     ),
     "a start is not announced": (
         Residency.enter,
-        "self.host.start(request, num_cached_tokens)",
-        "self.host.start(request, 10**6)",
+        "self.host.start(request, found.num_pooled if",
+        "self.host.start(request, 10**6 if",
     ),
     "resumes behind what is saved and one": (
-        PlannedStep._admit,
-        "residency.num_saved_tokens(request))",
-        "residency.num_saved_tokens(request) + 1)",
+        Residency.find,
+        "self.num_saved_tokens(request))",
+        "self.num_saved_tokens(request) + 1)",
     ),
 }
 

@@ -71,21 +71,3 @@ def test_sampling_and_log_probabilities_do_not_depend_on_what_is_cached() -> Non
             for one, other in zip(mine or (), theirs or (), strict=True):
                 assert one.token_id == other.token_id and one.rank == other.rank
                 assert torch.isclose(torch.tensor(one.logprob), torch.tensor(other.logprob), atol=1e-5)
-
-
-@pytest.mark.parametrize(("cache", "depth"), [("paged", 0), ("paged", 1), ("radix", 1)])
-def test_samples_of_one_prompt_share_its_blocks_and_get_the_tokens_they_would_get_alone(cache: str, depth: int) -> None:
-    model = tiny_model("llama")
-    params = SamplingParams(n=4, max_tokens=8, temperature=1.0, seed=5, ignore_eos=True)
-    options = {"block_size": BLOCK_SIZE, "num_blocks": 48, "depth": depth}
-    alone = LLM(model, cache={"name": "paged", "prefix": False}, **options)
-    shared = LLM(model, cache=cache, **options)
-    tap = Tap(shared)
-    wanted, got = (llm.generate([STEM, STEM[:7], STEM[9:]], params) for llm in (alone, shared))
-    for one, other in zip(wanted, got, strict=True):
-        assert [sample.token_ids for sample in one.completions] == [sample.token_ids for sample in other.completions]
-    assert len({sample.token_ids for sample in got[0].completions}) == 4
-    num_cached = [[sample.metrics.num_cached_tokens for sample in output.completions] for output in got]
-    assert num_cached == [[0, 25, 25, 25], [0, 5, 5, 5], [0, 20, 20, 20]]
-    computed = sum(plan.num_tokens for plan in tap.plans)
-    assert computed == (30 + 3 * 5) + (7 + 3 * 2) + (21 + 3 * 1) + 3 * 4 * 7

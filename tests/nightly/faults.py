@@ -34,12 +34,14 @@ EXCEPTIONS: tuple[type[BaseException], ...] = (
 )  # fmt: skip
 ANY_REQUEST = ("schedule", "schedule, at its end", "stats", "launch", "wait", "step_finished")
 """Hooks that are called for no request in particular."""
-OWN_REQUEST = ("match", "num_missing_blocks", "allocate", "commit", "free", "block_table", "request_finished", "heed")
+OWN_REQUEST = (
+    "match", "num_missing_blocks", "allocate", "fork", "commit", "free", "block_table", "request_finished", "heed",
+)  # fmt: skip
 """Hooks that raise when they are called for the faulty request."""
 HOOKS = ANY_REQUEST + OWN_REQUEST
 MOST_CALLS = {
-    "match": 2, "num_missing_blocks": 1, "allocate": 3, "commit": 4, "free": 1, "block_table": 4, "request_finished": 1,
-    "heed": 3,
+    "match": 2, "num_missing_blocks": 1, "allocate": 3, "fork": 1, "commit": 4, "free": 1, "block_table": 4,
+    "request_finished": 1, "heed": 3,
 }  # fmt: skip
 """How often at least one in a few requests has them called; 12 for the others."""
 STEP_SCOPED = ("launch", "wait")
@@ -119,7 +121,7 @@ class _Waiting:
 def set_trap(engine: Engine, trap: Trap) -> None:
     """Put the trap around its hook."""
     hook, planner = trap.cell.hook, engine.planner
-    if hook in ("match", "num_missing_blocks", "allocate", "commit", "free", "block_table", "stats"):
+    if hook in ("match", "num_missing_blocks", "allocate", "fork", "commit", "free", "block_table", "stats"):
         own = hook != "stats"
         call = getattr(planner.allocator, hook)
         setattr(planner.allocator, hook, trap.around(call, lambda *args: not own or args[0].request_id == FAULTY))
@@ -193,15 +195,25 @@ def draw_requests(seed: int) -> list[Request]:
     return requests
 
 
+def make_sample(requests: list[Request]) -> None:
+    """Make the faulty request one more sample of a prompt that comes first."""
+    at = next(at for at, request in enumerate(requests) if request.request_id == FAULTY)
+    first = Request("first", [*range(11)], SamplingParams(max_tokens=100, ignore_eos=True))
+    requests[at] = Request(FAULTY, [*range(11)], requests[at].sampling_params, seed=at)
+    requests.insert(0, first)
+
+
 def run_cell(cell: Cell, scheduler: type[Scheduler], cache: type[CacheAllocator]) -> bool:
     """Whether the call came at all; AssertionError if the fault was not contained."""
     num_host_blocks = 0 if cell.seed % 2 else 25
     engine, trap = build_engine(scheduler, cache, cell.depth, num_host_blocks), Trap(cell)
-    requests = draw_requests(cell.seed)
+    requests, is_fork = draw_requests(cell.seed), cell.hook == "fork"
+    if is_fork:
+        make_sample(requests)
     reach = engine.limits.vocab_size, engine.limits.eos_token_ids, engine.limits.max_model_len
     wanted = {request.request_id: continuation(request, *reach) for request in requests}
     for request in requests:
-        engine.add(request)
+        engine.add(request, after="first" if is_fork and request.request_id == FAULTY else None)
     set_trap(engine, trap)
     completions = drain(engine, trap)
     assert completions.keys() == wanted.keys(), f"{cell}: {wanted.keys() - completions.keys()} never ended"

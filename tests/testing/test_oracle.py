@@ -11,7 +11,7 @@ from llmkit.batching import ContinuousBatching
 from llmkit.engine.inputs import InputBuilder, PackedInputs
 from llmkit.testing import OracleExecutor, check_cache, check_scheduler, next_token
 from llmkit.testing.worlds import draw_world
-from llmkit.types import Admission, BlockTableEdit, SamplingParams, ScheduledRequest, StepPlan
+from llmkit.types import Admission, BlockCopies, BlockCopy, BlockTableEdit, SamplingParams, ScheduledRequest, StepPlan
 from llmkit_caches.paged import PagedCache
 
 IDS = (1, 0, 1, 1, 0)
@@ -88,6 +88,51 @@ def test_a_slot_handed_over_in_flight_is_refused() -> None:
     executor.launch(plan(row(0, 5, name="b"), blocks=(2, 4), name="b"))
     with pytest.raises(AssertionError, match="slot 0 was handed over while in flight"):
         first.wait()
+
+
+def forked(*copies: BlockCopy, blocks: tuple[int, ...] = (3, 2)) -> StepPlan:
+    """`b` starts on the first four tokens and more of `a`, whose blocks are 3 and 1."""
+    start = 4 + (copies[0].num_tokens if copies else 0)
+    one = replace(plan(row(start, 7 - start, name="b", slot=1), blocks=blocks, name="b", slot=1), step_id=1)
+    (admission,) = one.admissions
+    return replace(one, admissions=(admission._replace(token_ids=LONGER),), copies=BlockCopies(forks=copies))
+
+
+LONGER = (*IDS, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (forked(blocks=(1, 2)), "reads a wrong KV entry at position 0, block 1"),
+        (replace(forked(BlockCopy(1, 2, 2)), copies=None), "reads a wrong KV entry at position 4, block 2"),
+        (forked(BlockCopy(3, 2, 2)), "reads a wrong KV entry at position 4, block 2"),
+        (forked(BlockCopy(1, 5, 2)), "reads a wrong KV entry at position 4, block 2"),
+        (forked(BlockCopy(1, 2, 2), BlockCopy(1, 2, 1)), "copied to twice"),
+        (forked(BlockCopy(6, 2, 2)), r"\[None, None\] of block 6 are copied to 2"),
+        (forked(BlockCopy(1, 2, 2), BlockCopy(3, 1, 2)), r"\{1\} are copied to, which 'a' reads in flight"),
+    ],
+)
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_copy_that_is_missing_or_wrong_is_refused(wrong: StepPlan, message: str, packs: bool) -> None:
+    def start() -> OracleExecutor:
+        executor = oracle(packs)
+        first = plan(row(0, 7))
+        (admission,) = first.admissions
+        executor.launch(replace(first, admissions=(admission._replace(token_ids=LONGER),)))
+        return executor
+
+    start().launch(forked(BlockCopy(1, 2, 2))).wait()
+    with pytest.raises(AssertionError, match=message):
+        start().launch(wrong)
+
+
+def test_all_copies_are_read_before_any_is_made() -> None:
+    executor = oracle()
+    executor.launch(plan(row(0, 5))).wait()
+    before = [executor.entries([block], 4) for block in (3, 1)]
+    executor._copy(BlockCopies(forks=(BlockCopy(3, 1, 4), BlockCopy(1, 3, 1))))
+    assert [executor.entries([block], 4) for block in (1, 3)] == before
 
 
 def shifted(packed: PackedInputs) -> PackedInputs:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmkit.errors import ConfigError
+from llmkit import BlockCopy, ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, KeyValueSlots
 from llmkit.interfaces.settings import Settings as AnySettings
+from llmkit_attention.blocks import copy_blocks
 from llmkit_attention.flash.limits import pays, reasons_against
 from llmkit_attention.flash.settings import FlashSettings
 from llmkit_attention.host import HostBlocks
@@ -52,6 +53,7 @@ class FlashAttention(AttentionBackend):
 
     Settings: ClassVar[type[AnySettings]] = FlashSettings
     preferred_block_size = 64
+    copies_blocks = True
 
     def __init__(self, settings: FlashSettings, *given: Any) -> None:
         super().__init__(settings, *given)
@@ -82,6 +84,9 @@ class FlashAttention(AttentionBackend):
         self._launches = [launches[spec] for spec in layers]
         self._seen = [launch.pool(pool) for launch, pool in zip(self._launches, self._pools, strict=True)]
         self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        copy_blocks([pool.view(torch.uint8) for pool in self._pools], copies)
 
     def allocate_host(self, num_blocks: int) -> bool:
         self._host = HostBlocks([pool.view(torch.uint8) for pool in self._pools], num_blocks)
