@@ -72,7 +72,8 @@ def test_a_model_whose_methods_are_documented_by_types_that_wait() -> None:
 import torch
 from llmkit.model.loading import load_model
 from llmkit.model.spec import ModelSpec
-sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8)
+sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+sizes |= dict(num_attention_heads=4, head_dim=8)
 config = {"model_type": "gemma3_text", "num_key_value_heads": 2, **sizes}
 print(type(load_model(ModelSpec("tiny", config=config), torch.float32, torch.device("cpu")).module).__name__)
 """
