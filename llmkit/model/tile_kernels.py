@@ -51,14 +51,14 @@ class Tiling:
     stages: int = 3
 
 
-def tiling(rows: int, features: int, width: int) -> Tiling:
+def tiling(rows: int, features: int, width: int, itemsize: int = 2) -> Tiling:
     """How to cut `features` x `width` weights for `rows` of x: about one program a multiprocessor, if parts of the
-    width stay long enough to be worth adding up."""
+    width stay long enough to be worth adding up. Wide numbers are multiplied without tensor cores, in small chunks."""
     block = 16 if rows <= 16 else 32 if rows <= 64 else 64
     programs, splits = triton.cdiv(features, 64) * triton.cdiv(rows, block), 1
     while programs * splits <= 100 and width >= 768 * splits:
         splits *= 2
-    return Tiling(block, splits)
+    return Tiling(block, splits, chunk=128 if itemsize == 2 else 32)
 
 
 def multiply(x: Tensor | Normed, weights: Weights, residual: Tensor | None = None, gated: bool = False) -> Tensor:
@@ -82,7 +82,7 @@ def _multiply(
 ) -> tuple[Tensor, Normed]:
     (weight, bias), width = weights, weights[0].shape[1]
     given, squares, epsilon = x if isinstance(x, Normed) else (x, x, 0.0)
-    rows, cut = len(given), tiling(len(given), len(weight), width)
+    rows, cut = len(given), tiling(len(given), len(weight), width, given.itemsize)
     outputs, tile = (len(weight) // 2, cut.tile // 2) if gated else (len(weight), cut.tile)
     tiles, blocks = triton.cdiv(outputs, tile), triton.cdiv(rows, cut.rows)
     out = given.new_empty(rows, outputs)
@@ -98,7 +98,7 @@ def _multiply(
         WIDTH=width, ROWS=cut.rows, TILE=cut.tile, CHUNK=cut.chunk, SPLITS=cut.splits,
         PARTS=squares.shape[1] if isinstance(x, Normed) else 0, GATED=gated, BIAS=bias is not None,
         ADDS=residual is not None, NORMS=norm is not None,
-        EXACT=given.dtype is torch.float32, **overlap(given.device), num_warps=4, num_stages=cut.stages,
+        **overlap(given.device), num_warps=4, num_stages=cut.stages,
     )  # fmt: skip
     return out, Normed(scaled, sums, next_epsilon)
 
@@ -114,7 +114,7 @@ def _multiply_tiles(
     x, squares, weight, bias, residual, gain, out, scaled, sums, partial, arrivals, epsilon, rows, outputs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
     PARTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of features, block of rows, part of the width); the last part to arrive at a tile finishes it."""
     tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -145,8 +145,7 @@ def _multiply_tiles(
             held = tl.load(given + at, mask=at < WIDTH, other=0.0)
         else:
             read, held = tl.load(source + at), tl.load(given + at)
-        precision: tl.constexpr = "tf32x3" if EXACT else "tf32"
-        products = tl.dot(read, tl.trans(held), products, input_precision=precision)
+        products = tl.dot(read, tl.trans(held), products, input_precision="ieee")
     if SPLITS > 1:
         number, count = block * tl.num_programs(0) + tile, tl.num_programs(0) * tl.num_programs(1)
         inner = feature[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
