@@ -73,8 +73,8 @@ def _totals(tallies: Sequence[Tally], budget: Budget) -> str:
         f"{steps:,} checked steps, {num_rules:,} hypothesis rules and "
         f"{sum(tally.num_cells for tally in tallies):,} fault cells over {len(tallies)} pairs of scheduler and cache; "
         f"seeds {budget.seed} to at most {last}, depths 0, 1 and 2. In a second of one core {steps / seconds:,.0f} "
-        f"steps, and {num_operations / seconds:,.0f} operations in all (requests that come, are aborted, preempted or asked "
-        f"for too), each with every check behind it; {num_rules / rule_seconds:,.0f} hypothesis rules. "
+        f"steps, and {num_operations / seconds:,.0f} operations in all (requests that come or are aborted, preemptions "
+        f"and probes too), each with every check behind it; {num_rules / rule_seconds:,.0f} hypothesis rules. "
         f"**{wrong} failures.**"
     )
 
