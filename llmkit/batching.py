@@ -42,7 +42,7 @@ class ContinuousBatching(Scheduler):
         super().__init__(settings)
         self._max_chunk = getattr(settings, "max_chunk_tokens", 0) or UNLIMITED
         self._preempted: set[RequestView] = set()
-        self._is_empty = True
+        self._num_beside = 0
         self._runs_all = self._has_default("schedule", "order_running", "chunk", "_continue")
         self._admits_in_order = self._has_default("order_waiting", "admit", "outranks", "_admit")
 
@@ -81,7 +81,7 @@ class ContinuousBatching(Scheduler):
     def schedule(self, queue: RequestQueue, step: SchedulingStep) -> None:
         """Continue the running requests, then admit waiting ones while there is room."""
         self._preempted.clear()
-        self._is_empty = not queue.running
+        self._num_beside = len(queue.running)
         running = self.order_running(queue.running, step.now)
         if self._continue(running, step) and queue.waiting:
             self._admit(queue.waiting, running, step)
@@ -150,10 +150,10 @@ class ContinuousBatching(Scheduler):
 
     def _start(self, request: RequestView, step: SchedulingStep) -> Grant | Denied:
         """Admit what can finish its prompt beside the others; what starts sooner is preempted and computed again."""
-        if not self._is_empty and step.num_missing_blocks(request) > step.num_free_blocks:
+        if self._num_beside and step.num_missing_blocks(request) > step.num_free_blocks:
             return Denied(DenialReason.NO_BLOCKS)
         outcome = step.run(request, self.chunk(request, step))
-        self._is_empty = self._is_empty and isinstance(outcome, Denied)
+        self._num_beside += isinstance(outcome, Grant)
         return outcome
 
     def _choose_victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
@@ -164,4 +164,5 @@ class ContinuousBatching(Scheduler):
 
     def _preempt(self, victim: RequestView, step: SchedulingStep) -> None:
         self._preempted.add(victim)
+        self._num_beside -= 1
         step.preempt(victim)

@@ -144,9 +144,9 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        if isinstance(self.scheduled, DecodeRows):
+        if type(self.scheduled) is DecodeRows:
             return len(self.scheduled)
-        return sum(row.num_tokens for row in self.scheduled)
+        return sum([row.num_tokens for row in self.scheduled])
 
 
 class TokenLogprobs(NamedTuple):

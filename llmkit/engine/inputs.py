@@ -59,11 +59,13 @@ class InputBuilder:
     def build(self, plan: StepPlan) -> PackedInputs:
         """Pack the plan's rows; its edits have been applied."""
         rows = plan.scheduled
-        is_decode = isinstance(rows, DecodeRows)
+        is_decode = type(rows) is DecodeRows
         query_lens = (1,) * len(rows) if is_decode else tuple([row.num_tokens for row in rows])
         slots, starts = slots_and_starts(rows)
         lens = np.array(query_lens, dtype=np.int64)
         ends = np.cumsum(lens)
+        query_start_loc = np.zeros(len(rows) + 1, np.int32)
+        query_start_loc[1:] = ends
         if ends[-1] == len(rows):
             positions, token_slots = starts, slots
         else:
@@ -75,7 +77,7 @@ class InputBuilder:
         sampling = range(len(rows)) if is_decode else [index for index, row in enumerate(rows) if row.samples]
         return PackedInputs(
             row_slots=slots,
-            query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
+            query_start_loc=query_start_loc,
             seq_lens=seq_lens,
             block_table=self._tables(slots, starts, seq_lens),
             token_slots=token_slots,

@@ -122,7 +122,7 @@ class Planner:
         finally:
             step.close()
             self._update_queues(step)
-        rejected = {view._request: reason for view, reason in step.rejected.items()}
+        rejected = {view._request: reason for view, reason in step.rejected.items()} if step.rejected else {}
         return (self._compile(step, edits) if step.grants else None), rejected
 
     def _repeat(self) -> StepPlan | None:
@@ -179,8 +179,9 @@ class Planner:
         """Turn grants into plain data and mark their tokens as in flight."""
         step_id = self._num_planned_steps
         self._num_planned_steps += 1
-        admissions = tuple(_admission(view._request) for view in step.admitted)
+        admissions = tuple([_admission(view._request) for view in step.admitted])
         rows: list[ScheduledRequest] = []
+        num_samples = 0
         for view, num_tokens in step.grants.items():
             request = view._request
             start = request.num_computed_tokens + request.num_in_flight_tokens
@@ -189,10 +190,11 @@ class Planner:
             request.num_in_flight_tokens += num_tokens
             request.num_service_tokens += num_tokens
             request.num_pending_samples += samples
+            num_samples += samples
             request.last_step_id = step_id
             request.num_sent_blocks = request.num_blocks
         self._residency.num_scheduled_tokens += sum(step.grants.values())
-        self._sampling = [view._request for view in step.grants] if all(row.samples for row in rows) else []
+        self._sampling = [view._request for view in step.grants] if num_samples == len(rows) else []
         return StepPlan(step_id, tuple(rows), admissions, edits, self._copies(step_id, step, edits))
 
     def _copies(self, step_id: int, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> BlockCopies | None:

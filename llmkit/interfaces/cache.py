@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from llmkit.interfaces.settings import Settings as AnySettings
 from llmkit.types import BlockCopy, Request
@@ -36,8 +36,7 @@ class CacheSpec:
         return max(0, start - max(self.window - 1, self.block_size)) // self.block_size
 
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
+class CacheStats(NamedTuple):
     """Blocks now: owned by a request, kept for reuse only, and free."""
 
     num_used_blocks: int
@@ -146,4 +145,5 @@ class CacheAllocator(ABC):
         total = stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks
         assert total == self.spec.num_blocks, f"{stats} does not add up to {self.spec.num_blocks} blocks"
         assert len(census) == stats.num_used_blocks, f"{len(census)} owned blocks, {stats.num_used_blocks} used"
-        assert all(0 <= block < self.spec.num_blocks for block in census), "block number out of range"
+        is_inside = not census or (min(census) >= 0 and max(census) < self.spec.num_blocks)
+        assert is_inside, "block number out of range"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 class Coverage:
     """Counts of one walk; sums of several.
 
+    `num_rules` are all that was done and then checked, `num_steps` those of them that were steps of the engine;
     `num_refusals` are requests that could never run and were told so, `num_late` those that a scheduler refused because
     of their deadline.
     """
@@ -25,6 +26,7 @@ class Coverage:
     num_saved_blocks: int = 0
     num_restored_blocks: int = 0
     num_copied_blocks: int = 0
+    num_rules: int = 0
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -11,41 +11,80 @@ from llmkit.testing.oracle import OracleExecutor
 from llmkit.types import Request, RequestStatus, StepPlan
 
 
-def check_planner(planner: Planner, in_flight: Sequence[StepPlan], settles: bool = True) -> None:
+class Books:
+    """What was last found right, so that what has not changed since need not be looked at again.
+
+    A planner moves no request and an allocator no block without a queue, a count of blocks or the number of slots
+    showing it; `check_planner` looks at everything whenever one of them differs, and now and then all the same. What
+    an allocator keeps for itself, cached blocks and free ones, is looked at when its census has changed.
+    """
+
+    def __init__(self) -> None:
+        self._moved: tuple[object, ...] = ()
+        self._census: dict[int, tuple[str, ...]] | None = None
+
+    def has_moved(self, planner: Planner) -> bool:
+        """Whether anything differs from the last call."""
+        residency = planner._residency
+        moved = (
+            planner.allocator.stats(), planner._running[:], planner._waiting[:], len(planner.requests),
+            residency.num_held_blocks, residency.num_reclaiming_blocks, residency.num_free_slots,
+        )  # fmt: skip
+        is_same, self._moved = moved == self._moved, moved
+        return not is_same
+
+    def census(self, allocator: CacheAllocator, settles: bool) -> dict[int, tuple[str, ...]]:
+        """The census; AssertionError if the allocator's own books are wrong."""
+        census = allocator.census()
+        if settles and census != self._census:
+            allocator.check()
+            self._census = census
+        return census
+
+
+def check_planner(
+    planner: Planner, in_flight: Sequence[StepPlan], settles: bool = True, books: Books | None = None
+) -> None:
     """Check queues, slots, blocks and token counts; `in_flight` are the plans launched but not landed.
 
-    Token counts lag behind while steps repeat; without `settles` they are left so and not looked at, nor are the
-    allocator's own books: its tables and its census are.
+    Token counts lag behind while steps repeat; without `settles` they are left so and not looked at. `books` are those
+    of the calls before, if there are any: then, without `settles`, only what has changed since is looked at.
     """
-    held = [view for views in planner._held.values() for view in views]
-    assert planner._held.keys() <= planner.requests.keys(), "requests are held back for one that has ended"
-    waiting = [view._request for view in (*planner._waiting, *held)]
+    if settles:
+        planner.settle()
+    books = books or Books()
+    if not (books.has_moved(planner) or settles):
+        return
+    requests = planner.requests
+    waiting = [view._request for view in planner._waiting]
+    if planner._held:
+        assert planner._held.keys() <= requests.keys(), "requests are held back for one that has ended"
+        waiting += [view._request for views in planner._held.values() for view in views]
     running = [view._request for view in planner._running]
     ids = [request.request_id for request in waiting + running]
-    is_right = len(ids) == len(planner.requests) and planner.requests.keys() == set(ids)
-    assert is_right, f"queues hold {sorted(ids)}, live are {sorted(planner.requests)}"
+    is_right = len(ids) == len(requests) and requests.keys() == set(ids)
+    assert is_right, f"queues hold {sorted(ids)}, live are {sorted(requests)}"
     if settles:
-        planner.allocator.check()
         for request in waiting:
             _check_waiting(request)
         if planner.host is not None:
             planner.host.check(waiting)
-        planner.settle()
         _check_counts(planner, running, in_flight)
-    _check_residency(planner._residency, running)
+    _check_residency(planner._residency, running, books.census(planner.allocator, settles))
 
 
 def _check_counts(planner: Planner, running: list[Request], in_flight: Sequence[StepPlan]) -> None:
-    rows: dict[tuple[str, int], list[int]] = {}
+    rows: dict[tuple[str, int], tuple[int, int]] = {}
     for plan in in_flight:
-        for row in plan.scheduled:
-            counts = rows.setdefault((row.request_id, row.epoch), [0, 0])
-            counts[0] += row.num_tokens
-            counts[1] += row.samples
+        for request_id, _, _, num_tokens, samples, epoch in plan.scheduled:
+            counts = rows.get((request_id, epoch), (0, 0))
+            rows[request_id, epoch] = counts[0] + num_tokens, counts[1] + samples
+    num_blocks = written = 0
     for request in running:
-        _check_running(request, planner, rows.get((request.request_id, request.epoch), [0, 0]))
-    written = sum(request.num_computed_tokens + request.num_in_flight_tokens for request in running)
-    unwritten = sum(request.num_blocks for request in running) * planner.allocator.spec.block_size - written
+        _check_running(request, planner, rows.get((request.request_id, request.epoch), (0, 0)))
+        num_blocks += request.num_blocks
+        written += request.num_computed_tokens + request.num_in_flight_tokens
+    unwritten = num_blocks * planner.allocator.spec.block_size - written
     assert planner.num_unwritten_slots == unwritten, f"{planner.num_unwritten_slots} slots unwritten, not {unwritten}"
 
 
@@ -61,20 +100,22 @@ def check_empty(planner: Planner) -> None:
 
 
 def _check_waiting(request: Request) -> None:
-    name = request.request_id
-    assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), f"{name} waits as {request.status}"
-    held = request.slot + 1, request.num_blocks, request.num_computed_tokens, request.num_in_flight_tokens
-    assert not any(held), f"{name} waits, but keeps slot + 1, blocks, computed, in flight = {held}"
-    assert not request.num_pending_samples, f"{name} waits, but {request.num_pending_samples} samples are pending"
+    name, status = request.request_id, request.status
+    assert status is RequestStatus.WAITING or status is RequestStatus.PREEMPTED, f"{name} waits as {status}"
+    assert request.slot == -1 and not request.num_blocks, (
+        f"{name} waits, but keeps its slot or {request.num_blocks} blocks"
+    )
+    num_tokens = request.num_computed_tokens or request.num_in_flight_tokens or request.num_pending_samples
+    assert not num_tokens, f"{name} waits, but {num_tokens} tokens count as computed, in flight or pending"
 
 
-def _check_running(request: Request, planner: Planner, in_flight: list[int]) -> None:
+def _check_running(request: Request, planner: Planner, in_flight: tuple[int, int]) -> None:
     name, block_size = request.request_id, planner.allocator.spec.block_size
     assert request.status is RequestStatus.RUNNING, f"{name} runs as {request.status}"
     table = planner.allocator.block_table(request)
     _check_released(request, planner.allocator)
     assert len(table) == request.num_blocks, f"{name} counts {request.num_blocks} blocks, its table has {len(table)}"
-    counted = [request.num_in_flight_tokens, request.num_pending_samples]
+    counted = request.num_in_flight_tokens, request.num_pending_samples
     assert counted == in_flight, f"{name} counts {counted} tokens and samples in flight, there are {in_flight}"
     scheduled = request.num_computed_tokens + request.num_in_flight_tokens
     assert scheduled <= len(table) * block_size, f"{name}: {scheduled} tokens in {len(table)} blocks of {block_size}"
@@ -93,31 +134,43 @@ def _check_released(request: Request, allocator: CacheAllocator) -> None:
         assert num_released == num_hidden, f"{name} released {num_released} of {num_hidden} blocks behind its window"
 
 
-def _check_residency(residency: Residency, running: list[Request]) -> None:
-    pinned = [request for _, request, _ in residency._pinned]
-    slots = [r.slot for r in running] + [slot for _, _, slot in residency._pinned] + residency._free_slots
-    assert sorted(slots) == list(range(len(slots))), f"slots {slots}"
-    _check_tables(residency.allocator, running + pinned)
-    num_awaited = sum(len(_held_blocks(residency.allocator, request)) for request in pinned)
+def _check_residency(residency: Residency, running: list[Request], census: dict[int, tuple[str, ...]]) -> None:
+    """Every slot is one request's or free; the census counts every block exactly as often as tables name it."""
+    allocator, num_awaited = residency.allocator, 0
+    slots = [*residency._free_slots, *[request.slot for request in running]]
+    tables = {request.request_id: held_blocks(allocator, request) for request in running}
+    for _, request, slot in residency._pinned:
+        slots.append(slot)
+        table = tables[request.request_id] = held_blocks(allocator, request)
+        num_awaited += len(table)
+    is_right = len(set(slots)) == len(slots) == max(slots) + 1 and min(slots) == 0
+    assert is_right, f"slots {sorted(slots)}"
     assert residency.num_reclaiming_blocks == num_awaited, f"{residency.num_reclaiming_blocks} != {num_awaited}"
+    named: dict[int, tuple[str, ...]] = {}
+    num_named = 0
+    for request_id, table in tables.items():
+        named.update(dict.fromkeys(table, (request_id,)))
+        num_named += len(table)
+    if named != census or num_named != len(census):
+        _check_sharing(allocator, running, tables, census)
 
 
-def _held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
+def held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
     """The entries of its block table that are its own."""
-    return allocator.block_table(request)[allocator.num_released_blocks(request) :]
+    num_released = allocator.num_released_blocks(request)
+    return allocator.block_table(request)[num_released:] if num_released else allocator.block_table(request)
 
 
-def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
-    """The census counts every block exactly as often as tables of `holders` name it, and no table names one twice.
+def _check_sharing(
+    allocator: CacheAllocator,
+    running: list[Request],
+    tables: dict[str, Sequence[int]],
+    census: dict[int, tuple[str, ...]],
+) -> None:
+    """The same where blocks have several owners; no table names one twice.
 
     One that several name is full: nobody writes there any more.
     """
-    tables = {request.request_id: _held_blocks(allocator, request) for request in holders}
-    census = allocator.census()
-    if census == {block: (request_id,) for request_id, table in tables.items() for block in table}:
-        num_named = sum(map(len, tables.values()))
-        assert num_named == len(census), f"a block is named twice: {tables}"
-        return
     owners: dict[int, list[str]] = {}
     for request_id, table in tables.items():
         assert len(set(table)) == len(table), f"{request_id} names a block twice: {list(table)}"
@@ -126,9 +179,9 @@ def _check_tables(allocator: CacheAllocator, holders: list[Request]) -> None:
     counted = {block: sorted(ids) for block, ids in census.items()}
     named = {block: sorted(ids) for block, ids in owners.items()}
     assert counted == named, f"the census counts {counted}, what runs or is awaited names {named}"
-    for request in holders:
+    for request in running:
         num_full = request.num_computed_tokens // allocator.spec.block_size
-        unfinished = allocator.block_table(request)[num_full:] if request.slot >= 0 else ()
+        unfinished = allocator.block_table(request)[num_full:]
         shared = [block for block in unfinished if len(owners[block]) > 1]
         assert not shared, f"{request.request_id} has yet to write into {shared}, which others hold as well"
 
@@ -139,8 +192,9 @@ def check_contents(planner: Planner, executor: OracleExecutor) -> None:
     for view in planner._running:
         request = view._request
         end, tags = request.num_computed_tokens, executor.slots[request.slot].tags
-        first = allocator.num_released_blocks(request) * allocator.spec.block_size
-        found = executor.entries(_held_blocks(allocator, request), end - first)
+        num_released, table = allocator.num_released_blocks(request), allocator.block_table(request)
+        first = num_released * allocator.spec.block_size
+        found = executor.entries(table[num_released:] if num_released else table, end - first)
         if found != tags[first:end]:
             wrong = [at for at, tag in enumerate(found, first) if tag != tags[at]]
             raise AssertionError(f"{request.request_id}: the tags at {wrong or len(found)} are not those of its tokens")

@@ -16,7 +16,7 @@ from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.ledger import Ledger
 from llmkit.testing.schedulers import build_cache, build_scheduler
-from llmkit.testing.walk import Walk
+from llmkit.testing.walk import STEP, Walk
 from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams
 
@@ -87,17 +87,22 @@ class WalkMachine(RuleBasedStateMachine):
     cache: ClassVar[type[CacheAllocator]]
     depth: ClassVar[int]
     options: ClassVar[Mapping[str, Any]]
+    cache_options: ClassVar[Mapping[str, Any]]
     walk: Walk
     num_requests = 0
 
     def begin(self, world: World) -> None:
         """Start in `world`; its events are left to the rules."""
         built = build_scheduler(self.scheduler, world.scheduler_options, self.options)
-        self.walk = Walk(world, built, build_cache(self.cache, world.spec, {}), self.depth)
+        self.walk = Walk(world, built, build_cache(self.cache, world.spec, self.cache_options), self.depth)
 
     def apply(self, rule: Rule, request_id: str = "", request: Request | None = None, number: int = 0) -> None:
-        """One rule, then every check."""
-        self.walk.apply(Event(0, rule, request_id, request, number))
+        """One rule, then every check; as a `STEP` as many steps as `number` says."""
+        if rule is not Rule.STEP:
+            self.walk.apply(Event(0, rule, request_id, request, number))
+            return
+        for _ in range(number):
+            self.walk.apply(STEP)
 
     @initialize(spec=SPECS, limits=LIMITS, packs=st.booleans(), looks_every=st.integers(1, 4), host=st.integers(0, 9))
     def make(self, spec: CacheSpec, limits: dict[str, int], packs: bool, looks_every: int, host: int) -> None:
@@ -125,8 +130,7 @@ class WalkMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.walk.engine.has_unfinished)
     @rule(num_steps=st.integers(1, 4))
     def step(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            self.apply(Rule.STEP)
+        self.apply(Rule.STEP, number=num_steps)
 
     @rule(number=st.integers(0, 9))
     def abort(self, number: int) -> None:
@@ -152,10 +156,20 @@ class WalkMachine(RuleBasedStateMachine):
 
 
 def walk_machine(
-    scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int = 0, options: Mapping[str, Any] | None = None
+    scheduler: type[Scheduler],
+    cache: type[CacheAllocator],
+    depth: int = 0,
+    options: Mapping[str, Any] | None = None,
+    cache_options: Mapping[str, Any] | None = None,
 ) -> type[WalkMachine]:
     """A state machine for an engine of these parts; `options` are the scheduler's. Its `TestCase` is for pytest."""
-    parts = {"scheduler": scheduler, "cache": cache, "depth": depth, "options": options or {}}
+    parts = {
+        "scheduler": scheduler,
+        "cache": cache,
+        "depth": depth,
+        "options": options or {},
+        "cache_options": cache_options or {},
+    }
     return type(f"{scheduler.__name__}{cache.__name__}Machine", (WalkMachine,), parts)
 
 

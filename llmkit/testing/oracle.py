@@ -101,27 +101,32 @@ class OracleExecutor:
         self.history.append(plan)
         for slot, request_id, token_ids, _, _, seed in plan.admissions:
             self.slots[slot] = _Stay(request_id, seed, tags_of(token_ids))
-        for slot, start, blocks in plan.edits:
-            stay = self.slots[slot]
-            is_next = start <= stay.num_blocks or (self.window is not None and not stay.num_blocks)
-            assert is_next, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
-            assert min(blocks, default=0) >= 0, f"slot {slot}: {blocks} are not all blocks"
-            stay.num_blocks = start + len(blocks)
+        if plan.edits:
+            self._edit(plan)
         if plan.copies is not None:
             self._copy(plan.copies)
-        self.inputs.apply(plan)
         slots = [self._check(scheduled) for scheduled in plan.scheduled]
         assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
         rows = self._packed(plan) if self.packs else [self._plain(row) for row in plan.scheduled]
-        errors = self._errors(plan)
+        errors = self._errors(plan) if self.faults else {}
         for at in errors:
             rows[at].has_failed = True
         for row in rows:
             self._write(row)
-        tokens = [self._sample(row, wanted.samples) for row, wanted in zip(rows, plan.scheduled, strict=True)]
+        tokens = [self._sample(row) for row in rows]
         pending = _Pending(self, self.num_steps, rows, StepResult(plan.step_id, tokens, errors=errors))
         self.in_flight.append(pending)
         return pending
+
+    def _edit(self, plan: StepPlan) -> None:
+        """Block tables grow where they end."""
+        for slot, start, blocks in plan.edits:
+            stay = self.slots[slot]
+            is_next = start <= stay.num_blocks or (self.window is not None and not stay.num_blocks)
+            assert is_next, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
+            assert not blocks or min(blocks) >= 0, f"slot {slot}: {blocks} are not all blocks"
+            stay.num_blocks = start + len(blocks)
+        self.inputs.apply(plan)
 
     def _copy(self, copies: BlockCopies) -> None:
         """What is copied must be there, and nobody in flight may read where it goes."""
@@ -151,29 +156,31 @@ class OracleExecutor:
 
     def _check(self, row: ScheduledRequest) -> int:
         """What a row says agrees with what its slot holds; the slot."""
-        end, name = row.start + row.num_tokens, row.request_id
-        assert row.slot in self.slots, f"{name!r} runs in slot {row.slot}, which nobody has entered"
+        name, slot, start, num_tokens, samples, _ = row
+        end, stay = start + num_tokens, self.slots.get(slot)
+        assert stay is not None, f"{name!r} runs in slot {slot}, which nobody has entered"
         assert end <= self.max_model_len, f"{name!r} runs to {end}, beyond {self.max_model_len}"
-        stay = self.slots[row.slot]
-        assert stay.request_id == name, f"slot {row.slot} is not the slot of {name!r}"
-        assert row.num_tokens > 0, f"slot {row.slot}: a row of {row.num_tokens} tokens"
-        is_next = row.start == stay.next_start or stay.next_start is None
-        assert is_next, f"{name!r} has {stay.next_start} entries, a row starts at {row.start}"
-        assert end <= len(stay.tags), f"{name!r} runs to {end}, but knows {len(stay.tags)} tokens"
-        reach = stay.num_blocks * self.block_size
+        assert stay.request_id == name, f"slot {slot} is not the slot of {name!r}"
+        assert num_tokens > 0, f"slot {slot}: a row of {num_tokens} tokens"
+        is_next = start == stay.next_start or stay.next_start is None
+        assert is_next, f"{name!r} has {stay.next_start} entries, a row starts at {start}"
+        num_known, reach = len(stay.tags), stay.num_blocks * self.block_size
+        assert end <= num_known, f"{name!r} runs to {end}, but knows {num_known} tokens"
         assert end <= reach, f"{name!r} writes up to {end}, but its blocks reach {reach}"
-        is_last = end == len(stay.tags)
-        assert row.samples == is_last, f"{name!r}: samples={row.samples} after {end} of {len(stay.tags)} tokens"
+        assert samples == (end == num_known), f"{name!r}: samples={samples} after {end} of {num_known} tokens"
         stay.next_start = end
-        return row.slot
+        return slot
 
     def _plain(self, row: ScheduledRequest) -> _Row:
         """A row as `InputBuilder.build` would pack it."""
-        start, end, size = row.start, row.start + row.num_tokens, self.block_size
-        table = self.inputs.block_tables[row.slot, : -(-end // size)].tolist()
+        _, slot, start, num_tokens, _, _ = row
+        end, size = start + num_tokens, self.block_size
+        table = self.inputs.block_tables[slot, : -(-end // size)].tolist()
         writes = [table[position // size] * size + position % size for position in range(start, end)]
+        if self.window is None:
+            return _Row(self.slots[slot], slot, start, end, writes, table, 0)
         first = self._first_key(start)
-        return _Row(self.slots[row.slot], row.slot, start, end, writes, table[first // size :], first)
+        return _Row(self.slots[slot], slot, start, end, writes, table[first // size :], first)
 
     def _first_key(self, start: int) -> int:
         """The first position that a query at `start` sees, or one behind it."""
@@ -207,26 +214,31 @@ class OracleExecutor:
         return rows
 
     def _write(self, row: _Row) -> None:
-        size, kv, tags = self.block_size, self._kv, row.stay.tags
-        for position, at in zip(range(row.start, row.end), row.writes, strict=True):
-            block, offset = divmod(at, size)
+        size, kv, stay = self.block_size, self._kv, row.stay
+        tags: list[Tag] | list[None] = stay.tags[row.start : row.end]
+        for at, tag in zip(row.writes, [None] * len(tags) if row.has_failed else tags, strict=True):
+            offset = at % size
             if not offset:
-                kv[block] = [None] * size
-            kv[block][offset] = None if row.has_failed else tags[position]
+                kv[at // size] = [None] * size
+            kv[at // size][offset] = tag
         if not self.in_flight:
             return
-        written = {at // self.block_size for at in row.writes}
+        written = {at // size for at in row.writes}
         for pending in self.in_flight:
             for other in pending.rows:
-                both = other.stay is not row.stay and written.intersection(other.table)
-                assert not both, (
-                    f"{row.stay.request_id!r} writes {both}, which {other.stay.request_id!r} reads in flight"
-                )
+                if other.stay is not stay and not written.isdisjoint(other.table):
+                    both = written.intersection(other.table)
+                    raise AssertionError(
+                        f"{stay.request_id!r} writes {both}, which {other.stay.request_id!r} reads in flight"
+                    )
 
     def read(self, row: _Row) -> list[Tag | None]:
         """The entries from `first` to `end` that the row's table leads to; AssertionError if they are not its own."""
-        wanted, skipped = row.stay.tags[row.first : row.end], row.first % self.block_size
-        found = self.entries(row.table, skipped + row.end - row.first)[skipped:]
+        first, end = row.first, row.end
+        wanted, skipped = row.stay.tags[first:end], first % self.block_size
+        found = self.entries(row.table, skipped + end - first)
+        if skipped:
+            del found[:skipped]
         if found != wanted:
             wrong = next(
                 (at for at, (is_, tag) in enumerate(zip(found, wanted, strict=False)) if is_ != tag), len(found)
@@ -239,21 +251,20 @@ class OracleExecutor:
         """What stands in the first `end` KV slots of a block table; None where nothing was written."""
         return list(islice(chain.from_iterable(map(self._kv.__getitem__, table)), end))
 
-    def _sample(self, row: _Row, samples: bool) -> int:
-        last = row.stay.tags[row.end - 1] if row.has_failed else self.read(row)[-1]
-        if not samples or last is None:
+    def _sample(self, row: _Row) -> int:
+        """The token behind a row; -1 if it does not end at the last known one."""
+        stay, end = row.stay, row.end
+        last = stay.tags[end - 1] if row.has_failed else self.read(row)[-1]
+        if end < len(stay.tags) or last is None:
             return -1
-        token = sample(row.stay.seed, last[0], self.vocab_size)
-        row.stay.tags.append((extend(last[0], token), last[1] + 1))
+        token = sample(stay.seed, last[0], self.vocab_size)
+        stay.tags.append((extend(last[0], token), end))
         return token
 
     def _errors(self, plan: StepPlan) -> dict[int, str]:
         """Rows that fail by order of `faults`."""
-        if not self.faults:
-            return {}
-        ends = enumerate((row.request_id, row.start + row.num_tokens) for row in plan.scheduled)
         return {
             index: f"fault injected at {self.faults[name]} tokens"
-            for index, (name, end) in ends
-            if end >= self.faults.get(name, 1 << 60)
+            for index, (name, _, start, num_tokens, _, _) in enumerate(plan.scheduled)
+            if name in self.faults and start + num_tokens >= self.faults[name]
         }

@@ -21,7 +21,7 @@ from llmkit.interfaces.scheduler import RequestQueue, RequestView, Scheduler, Sc
 from llmkit.testing.chaos import Chaos, ChaosError
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.expected import Expectations
-from llmkit.testing.invariants import check_contents, check_empty, check_planner
+from llmkit.testing.invariants import Books, check_contents, check_empty, check_planner
 from llmkit.testing.liveness import Liveness
 from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.tags import tags_of
@@ -61,7 +61,9 @@ class Walk:
     is_broken: bool = False
     _expected: Expectations = field(init=False)
     _liveness: Liveness = field(init=False)
+    _books: Books = field(default_factory=Books)
     _looks: bool = True
+    _num_known: int | None = None
 
     def __post_init__(self) -> None:
         world, limits, settings = self.world, self._limits(), self.scheduler.settings
@@ -88,13 +90,14 @@ class Walk:
 
     def run(self) -> Coverage:
         """Walk through the world to its end; AssertionError at the first thing that is wrong."""
-        events = deque(self.world.events)
-        while events or self.engine.has_unfinished:
-            if not self.engine.has_unfinished:
-                self.clock.sleep_until(events[0].at)
-            while events and events[0].at <= self.clock.now():
-                self.apply(events.popleft())
-            if self.engine.has_unfinished:
+        events, engine, clock = deque(self.world.events), self.engine, self.clock
+        while events or engine.has_unfinished:
+            if events:
+                if not engine.has_unfinished:
+                    clock.sleep_until(events[0].at)
+                while events and events[0].at <= clock.now():
+                    self.apply(events.popleft())
+            if engine.has_unfinished:
                 self.apply(STEP)
         self.finish()
         return self.coverage
@@ -102,29 +105,37 @@ class Walk:
     def apply(self, event: Event) -> None:
         """Apply one rule and check everything; AssertionError that tells how to repeat it."""
         self.trace.append(event)
-        self._guard(event)
+        try:
+            if event is STEP:
+                self._step()
+            else:
+                self._apply(event)
+        except Exception as error:
+            raise self._broken(error) from error
 
     def finish(self) -> None:
         """Step until nothing is left, then check that nothing is left behind."""
-        self._guard(None)
-
-    def _guard(self, event: Event | None) -> None:
         try:
-            self._finish() if event is None else self._apply(event)
+            self._finish()
         except Exception as error:
-            self.is_broken = True
-            raise AssertionError(self._describe(error)) from error
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> AssertionError:
+        self.is_broken = True
+        return AssertionError(self._describe(error))
 
     def _apply(self, event: Event) -> None:
-        rule = event.rule
+        rule, self._num_known = event.rule, None
         if rule is Rule.STEP:
             self._step()
             return
         if rule is Rule.ADD:
             assert event.request is not None
-            for number in range(event.number if self._add(event.request) else 0):
-                name, seed = f"{event.request_id}+{number}", event.request.seed + number + 1
-                self._add(replace(event.request, request_id=name, seed=seed), after=event.request_id)
+            if self._add(_copy_of(event.request, event.request_id)):
+                for number in range(event.number):
+                    sample = _copy_of(event.request, f"{event.request_id}+{number}")
+                    sample.seed += number + 1
+                    self._add(sample, after=event.request_id)
         elif rule is Rule.FORK:
             self._fork(event.request_id, event.number)
         elif rule is Rule.ABORT:
@@ -141,6 +152,7 @@ class Walk:
     def _finish(self) -> None:
         while self.engine.has_unfinished:
             self._step()
+        self.coverage.num_rules += len(self.trace)
         self.coverage.num_saved_blocks += self.executor.num_saved_blocks
         self.coverage.num_restored_blocks += self.executor.num_restored_blocks
         self.coverage.num_copied_blocks += self.executor.num_copied_blocks
@@ -154,7 +166,6 @@ class Walk:
 
     def _add(self, request: Request, after: str | None = None) -> bool:
         """Whether it was taken."""
-        request = replace(request, token_ids=list(request.token_ids))
         name, limits = request.request_id, self.engine.limits
         is_wrong = not 0 < request.num_prompt_tokens < limits.max_model_len or name in self.engine.planner.requests
         streams = bool(request.num_prompt_tokens % 2)  # some report every token, some only at their end
@@ -208,13 +219,15 @@ class Walk:
 
     def _step(self) -> None:
         executor, engine, planner = self.executor, self.engine, self.engine.planner
-        num_launched, num_known = executor.num_steps, self._num_known_tokens()
+        num_launched = executor.num_steps
+        num_known = self._num_known_tokens() if self._num_known is None else self._num_known
         candidates = self._liveness.candidates(planner) if self._looks else []
         try:
             outputs = engine.step()
         except ChaosError:
             outputs = []
-        has_progress = bool(outputs) or self._num_known_tokens() > num_known
+        self._num_known = self._num_known_tokens()
+        has_progress = bool(outputs) or self._num_known > num_known
         for output in outputs:
             ended = self._expected.take(output)
             if ended is not None:
@@ -235,8 +248,8 @@ class Walk:
         executor, planner = self.executor, self.engine.planner
         in_flight = executor.num_steps - executor.num_results
         assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
-        plans = list(executor.history)[len(executor.history) - in_flight :] if in_flight else ()
-        check_planner(planner, plans, settles=self._looks)
+        plans = list(executor.history)[-in_flight:] if in_flight and self._looks else ()
+        check_planner(planner, plans, self._looks, self._books)
         check_contents(planner, executor)
 
     def _check_limits(self, plan: StepPlan) -> None:
@@ -250,6 +263,22 @@ class Walk:
         what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         plans = "\n".join(f"  step {plan.step_id}: {_show(plan)}" for plan in self.executor.history)
         return f"{where}: {what}\n  ({self.world})\n{plans or '  no step was launched'}"
+
+
+def _copy_of(request: Request, name: str) -> Request:
+    """`request` under that name, to run in this walk only: a world is walked several times."""
+    return Request(
+        name,
+        list(request.token_ids),
+        request.sampling_params,
+        request.arrival_time,
+        request.priority,
+        request.tenant,
+        request.deadline,
+        request.length_hint,
+        request.seed,
+        request.max_num_tokens,
+    )
 
 
 def _show(plan: StepPlan) -> str:

@@ -91,15 +91,19 @@ class HashIndex(PrefixIndex[HashedBlock]):
         return not cached.num_children
 
     def _parents(self) -> Iterable[tuple[HashedBlock, HashedBlock | None]]:
-        children: Counter[HashedBlock] = Counter()
+        parents: list[HashedBlock] = []
+        size = self._block_size
         for key, bucket in self._by_key.items():
             for cached in bucket:
-                assert cached.key == key and cached.parent is not None and len(cached.token_ids) == self._block_size
-                children[cached.parent] += 1
-                yield cached, None if cached.parent.parent is None else cached.parent
-        for parent, count in children.items():
+                parent = cached.parent
+                assert cached.key == key and parent is not None and len(cached.token_ids) == size
+                parents.append(parent)
+                yield cached, None if parent.parent is None else parent
+        roots = {}
+        for parent, count in Counter(parents).items():
             assert parent.num_children == count, "children are miscounted"
-        roots = {parent.token_ids: parent for parent in children if parent.parent is None}
+            if parent.parent is None:
+                roots[parent.token_ids] = parent
         assert roots == self._roots, "a tenant's root is missing, or one without blocks is remembered"
 
 

@@ -185,36 +185,41 @@ class PrefixIndex(ABC, Generic[C]):
         `ref_counts` says how many tables hold each block; each of `tables` comes with how many of it are published and
         how many released.
         """
-        parents = dict(self._parents())
+        parents, of_block = dict(self._parents()), self._of_block
         self._check_use(parents, ref_counts)
         for table, num_published, num_released in tables:
-            chain = [self._of_block.get(block) for block in table[num_released:]]
+            chain = [of_block.get(block) for block in table[num_released:]]
             num_found = max(0, num_published - num_released)
-            assert all(chain[:num_found]), f"{table}: not all of {num_found} blocks can be found"
+            assert None not in chain[:num_found], f"{table}: not all of {num_found} blocks can be found"
             assert not any(chain[num_found:]), f"{table}: blocks beyond {num_found} can be found"
-            first = parents[chain[0]] if num_released and num_found and chain[0] is not None else None
-            assert (first is not None) == (num_released > 0 and num_found > 0), f"{table}: what was released is gone"
-            for parent, cached in zip([first, *chain], chain[:num_found], strict=False):
-                assert cached is not None and parents[cached] is parent, f"{table}: cached blocks are not in a row"
+            if num_found:
+                before = parents[chain[0]] if num_released and chain[0] is not None else None
+                assert (before is not None) == (num_released > 0), f"{table}: what was released is gone"
+                for cached in chain[:num_found]:
+                    assert cached is not None and parents[cached] is before, f"{table}: cached blocks are not in a row"
+                    before = cached
 
     def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
         of_block = {block: cached for cached in parents for block in cached.blocks}
         assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
-        for cached, parent in parents.items():
-            counts = [ref_counts[block] for block in cached.blocks]
-            leaves_place = self._spec.window is not None and not self._is_last(cached)
-            assert (counts or leaves_place) and not cached.is_gone, "an evicted block can still be found"
-            assert cached.is_idle == (counts == [0]), f"blocks {cached.blocks} are used {counts} times"
-            assert cached.is_idle or all(counts), f"blocks {cached.blocks}: an unused copy is kept"
-            is_behind = self._spec.window is None and parent is not None and parent.is_idle
-            assert cached.is_idle or not is_behind, "a used block stands behind an unused one"
-        assert self.num_idle == sum(cached.is_idle for cached in parents), "unused blocks are miscounted"
         queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
-        with_children = set(parents.values())
-        for cached in parents:
-            assert self._is_last(cached) == (cached not in with_children), "what stands last is not known"
-            can_go = cached.is_idle and (self._is_last(cached) or self._spec.window is not None)
+        before_others, has_window, num_idle = set(parents.values()), self._spec.window is not None, 0
+        for cached, parent in parents.items():
+            is_last = cached not in before_others
+            assert self._is_last(cached) == is_last, "what stands last is not known"
+            can_go = cached.is_idle and (is_last or has_window)
             assert (cached in queued) == can_go, "what can be evicted is not what waits for it"
+            counts = [ref_counts[block] for block in cached.blocks]
+            leaves_place = has_window and not is_last
+            assert (counts or leaves_place) and not cached.is_gone, "an evicted block can still be found"
+            if cached.is_idle:
+                num_idle += 1
+                assert counts == [0], f"blocks {cached.blocks} are used {counts} times"
+            else:
+                assert 0 not in counts, f"blocks {cached.blocks} are used {counts} times: an unused copy is kept"
+                is_behind = not has_window and parent is not None and parent.is_idle
+                assert not is_behind, "a used block stands behind an unused one"
+        assert self.num_idle == num_idle, "unused blocks are miscounted"
 
     def _queue_up(self, cached: C) -> None:
         """It can go from now on. Entries of those that have been used since are swept out before they pile up."""

@@ -182,25 +182,31 @@ class SharingCache(CacheAllocator):
         return CacheStats(self.spec.num_blocks - num_free - num_cached, num_cached, num_free)
 
     def census(self) -> dict[int, tuple[str, ...]]:
-        owners: dict[int, list[str]] = {}
+        census: dict[int, tuple[str, ...]] = {}
         for request_id, table in self._tables.items():
-            for block in table[self._num_released.get(request_id, 0) :]:
-                owners.setdefault(block, []).append(request_id)
-        return {block: tuple(ids) for block, ids in owners.items()}
+            owners: tuple[str, ...] = (request_id,)
+            held = dict.fromkeys(table[self._num_released.get(request_id, 0) :], owners)
+            for block in held.keys() & census.keys():
+                held[block] = (*census[block], request_id)
+            census.update(held)
+        return census
 
     def check(self) -> None:
         super().check()
-        census = self.census()
-        for block, count in enumerate(self._ref_counts):
-            assert count == len(census.get(block, ())), f"block {block}: {count} references, {census.get(block, ())}"
-        assert len(set(self._free)) == len(self._free), "a block is on the free list twice"
-        assert not set(self._free) & census.keys(), "an owned block is on the free list"
-        assert self._num_published.keys() <= self._tables.keys(), "blocks of a request that is gone count as published"
-        assert self._num_released.keys() <= self._tables.keys(), "blocks of a request that is gone count as released"
-        for name, table in self._tables.items():
-            num_released = self._num_released.get(name, 0)
+        free, tables, published, released = self._free, self._tables, self._num_published, self._num_released
+        counts = [0] * self.spec.num_blocks
+        for name, table in tables.items():
+            num_released = released.get(name, 0)
             assert table[:num_released] == [RELEASED] * num_released, f"{name}: {num_released} released of {table}"
-            assert len(table) > num_released and RELEASED not in table[num_released:], f"{name} keeps none of {table}"
-        published, released = self._num_published, self._num_released
-        tables = ((table, published.get(name, 0), released.get(name, 0)) for name, table in self._tables.items())
-        self._index.check(self._ref_counts, tables)
+            assert len(table) > num_released, f"{name} keeps none of {table}"
+            for block in table[num_released:]:
+                assert block != RELEASED, f"{name}: {num_released} released of {table}"
+                counts[block] += 1
+        assert self._ref_counts == counts, f"blocks are counted {self._ref_counts} times, owned {counts} times"
+        assert len(set(free)) == len(free), "a block is on the free list twice"
+        assert not any(map(counts.__getitem__, free)), "an owned block is on the free list"
+        assert published.keys() <= tables.keys(), "blocks of a request that is gone count as published"
+        assert released.keys() <= tables.keys(), "blocks of a request that is gone count as released"
+        self._index.check(
+            self._ref_counts, [(table, published.get(name, 0), released.get(name, 0)) for name, table in tables.items()]
+        )

@@ -25,6 +25,7 @@ class Circumstances:
     python: str
     command: str
     seconds: float
+    machine: str = ""
 
 
 def write_page(
@@ -35,11 +36,14 @@ def write_page(
     parts = [
         "# Reliability",
         f"`{where.command}` wrote this page, for commit {where.commit} on Python {where.python}, in "
-        f"{where.seconds / 60:.0f} minutes. Every figure is of that run; `make nightly` writes it anew.",
+        f"{where.seconds / 60:.0f} minutes{f' on {where.machine}' if where.machine else ''}. Every figure is of that "
+        "run; `make nightly` writes it anew, and [models.md](models.md), which goes through every architecture.",
         _totals(tallies, budget),
         "Each step of a walk is checked: every token against what its request would get alone, every query against the "
         "tags of its own prefix, tables against the census, slots, queues, limits, contents and progress. Worlds have "
-        "4 to 24 blocks of 1 to 8 tokens, mostly two or three different tokens, and prompts that begin alike.",
+        "4 to 24 blocks of 1 to 8 tokens, mostly two or three different tokens, and prompts that begin alike. "
+        "`python -m tests.nightly.replay SCHEDULER CACHE SEED --depth DEPTH` repeats a walk by its seed, and takes it "
+        "through the state machine.",
         _table(tallies),
         "## Fault cells",
         "A cell is one exception at one call of one hook, beside 31 witnesses whose tokens must be those of a run "
@@ -57,14 +61,21 @@ def write_page(
 
 def _totals(tallies: Sequence[Tally], budget: Budget) -> str:
     steps = sum(tally.coverage.num_steps for tally in tallies)
-    seconds = sum(tally.step_seconds for tally in tallies)
+    seconds = max(1e-9, sum(tally.step_seconds for tally in tallies))
+    num_operations, num_rules = (
+        sum(tally.coverage.num_rules for tally in tallies),
+        sum(tally.num_rules for tally in tallies),
+    )
+    rule_seconds = max(1e-9, sum(tally.rule_seconds for tally in tallies))
     last = max((tally.last_seed for tally in tallies), default=budget.seed)
     wrong = sum(len(tally.failures) for tally in tallies)
     return (
-        f"{steps:,} checked steps, {sum(tally.num_rules for tally in tallies):,} hypothesis rules and "
+        f"{steps:,} checked steps, {num_rules:,} hypothesis rules and "
         f"{sum(tally.num_cells for tally in tallies):,} fault cells over {len(tallies)} pairs of scheduler and cache; "
-        f"seeds {budget.seed} to at most {last}, depths 0, 1 and 2; {steps / max(seconds, 1e-9):,.0f} checked steps a "
-        f"second of one core. **{wrong} failures.**"
+        f"seeds {budget.seed} to at most {last}, depths 0, 1 and 2. In a second of one core {steps / seconds:,.0f} "
+        f"steps, and {num_operations / seconds:,.0f} operations in all (requests that come or are aborted, preemptions "
+        f"and probes too), each with every check behind it; {num_rules / rule_seconds:,.0f} hypothesis rules. "
+        f"**{wrong} failures.**"
     )
 
 

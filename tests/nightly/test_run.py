@@ -9,7 +9,7 @@ import pytest
 
 from llmkit import load_plugins
 from llmkit.engine.residency import Residency
-from tests.nightly import run, volume
+from tests.nightly import replay, run, volume
 from tests.nightly.faults import HOOKS
 from tests.nightly.page import Circumstances, Suite, write_page
 from tests.nightly.volume import Budget, Pair, Tally, all_pairs, run_pair
@@ -59,7 +59,38 @@ def test_reports_of_pytest_are_counted(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     cases = '<testcase classname="t" name="one"/><testcase classname="t" name="two"><failure/></testcase>'
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert run.read_suite(report) == Suite(2, ("t: two",))
+    assert run.read_suite(report, 1) == Suite(2, ("t: two",))
+    assert run.read_suite(report, 2) == Suite(2, ("t: two", "pytest ended with code 2"))
+    assert run.read_suite(tmp_path / "none.xml", -9) == Suite(0, ("pytest ended with code -9 and no report",))
+
+
+def test_tests_that_take_too_long_are_stopped_and_named() -> None:
+    assert run.run_suite("slow", 0.01) == Suite(0, ("pytest was stopped after 0 seconds",))
+
+
+def test_a_pair_whose_process_dies_takes_nothing_else_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair that is not registered cannot even be loaded, the other one is gone through all the same."""
+    pairs = [Pair("nobody", "paged"), Pair("continuous", "contiguous")]
+    monkeypatch.setattr(run, "all_pairs", lambda: pairs)
+    found = run.run_parts(Budget(steps=20, rules=20, cells=1, seed=9), [], workers=2, most_seconds=60)
+    broken, whole = found.tallies
+    assert len(broken.failures) == 1 and "nobody" in broken.failures[0] and found.has_failed
+    assert whole.failures == [] and whole.coverage.num_steps >= 20 and whole.num_rules >= 20
+
+
+def test_a_walk_is_repeated_by_its_seed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replay.main(["fair", "radix", "1000004", "--depth", "1"]) == 0
+    assert "nothing is wrong after" in capsys.readouterr().out
+    leave = Residency.leave
+
+    def hasty(self: Residency, request: Any) -> int:
+        request.last_step_id = -1
+        return leave(self, request)
+
+    monkeypatch.setattr(Residency, "leave", hasty)
+    seed = next(seed for seed in range(40) if replay.main(["continuous", "paged", str(seed), "--depth", "1"]))
+    out = capsys.readouterr().out
+    assert "Event(at=" in out and f"the state machine: Continuous on PagedCache, depth 1, seed {seed}, step" in out
 
 
 @pytest.mark.parametrize("failures", [[], ["seed 3: wrong"]])
@@ -67,7 +98,7 @@ def test_the_command_writes_the_page_whatever_it_found(
     failures: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tally = Tally(Pair("continuous", "paged"), failures=failures)
-    monkeypatch.setattr(run, "run_pairs", lambda budget, workers: [tally])
+    monkeypatch.setattr(run, "run_parts", lambda *arguments: run.Findings([tally], None, None))
     page = tmp_path / "page.md"
     options = ["--no-mutants", "--no-slow", "--steps", "480", "--page", str(page)]
     assert run.main(options) == len(failures)

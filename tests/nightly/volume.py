@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from llmkit import Registry, load_plugins
@@ -19,11 +20,13 @@ from llmkit.testing.coverage import Coverage
 from llmkit.testing.machine import WalkMachine, walk_machine
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
-from llmkit.testing.worlds import Rule, draw_world, windowed
+from llmkit.testing.worlds import Rule, World, draw_world, windowed
 from llmkit.types import Request
 from tests.nightly.faults import draw_cells, run_cell
 
 DEPTHS = (0, 1, 2)
+RULES_PER_EXAMPLE = 30
+"""About so many of the 50 that an example may have."""
 MOST_FAILURES = 3
 """After so many a pair is not walked any further."""
 
@@ -62,6 +65,7 @@ class Tally:
     last_seed: int = 0
     step_seconds: float = 0.0
     num_rules: int = 0
+    rule_seconds: float = 0.0
     num_cells: int = 0
     num_cells_raised: int = 0
     failures: list[str] = field(default_factory=list)
@@ -83,27 +87,40 @@ def run_pair(job: tuple[Pair, Budget]) -> Tally:
     pair, budget = job
     logging.disable(logging.CRITICAL)  # what is contained is logged with its traceback
     tally = Tally(pair)
-    for part in (walk_pair, rule_pair, fault_pair):
-        part(tally, *pair.load(), budget)
-    logging.disable(logging.NOTSET)
+    try:
+        scheduler, cache = pair.load()
+        for part in (walk_pair, rule_pair, fault_pair):
+            _note(tally, partial(part, tally, scheduler, cache, budget))
+    finally:
+        logging.disable(logging.NOTSET)
     return tally
 
 
 def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
-    """Walks from seed to seed, depths in turn, until the steps are spent. Every fourth world has a window."""
+    """Walks from seed to seed, depths in turn, until the steps are spent."""
     started, tally.last_seed = time.process_time(), budget.seed - 1
     while tally.coverage.num_steps < budget.steps and len(tally.failures) < MOST_FAILURES:
         tally.last_seed += 1
-        world = draw_world(tally.last_seed)
-        if tally.last_seed % 4 == 0:
-            world = windowed(world)
+        world = world_of(tally.last_seed)
         for depth in DEPTHS:
-            built = build_scheduler(scheduler, world.scheduler_options, {})
-            allocator = build_cache(cache, world.spec, cache_options(cache, tally.last_seed))
-            walk = Walk(world, built, allocator, depth)
+            walk = walk_of(scheduler, cache, tally.last_seed, depth, world)
             _note(tally, walk.run)
             tally.coverage += walk.coverage
     tally.step_seconds = time.process_time() - started
+
+
+def world_of(number: int) -> World:
+    """Every fourth seed has a window."""
+    return draw_world(number) if number % 4 else windowed(draw_world(number))
+
+
+def walk_of(
+    scheduler: type[Scheduler], cache: type[CacheAllocator], number: int, depth: int, world: World | None = None
+) -> Walk:
+    """The walk of seed `number`, through its world."""
+    world = world or world_of(number)
+    built = build_scheduler(scheduler, world.scheduler_options, {})
+    return Walk(world, built, build_cache(cache, world.spec, cache_options(cache, number)), depth)
 
 
 def cache_options(cache: type[CacheAllocator], number: int) -> dict[str, Any]:
@@ -114,28 +131,27 @@ def cache_options(cache: type[CacheAllocator], number: int) -> dict[str, Any]:
 
 
 def rule_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
-    """The state machine at every depth, for about so many rules."""
+    """The state machine at every depth, for about so many rules; what fails is shrunk."""
+
+    started = time.process_time()
 
     class Counting(WalkMachine):
         def apply(self, rule: Rule, request_id: str = "", request: Request | None = None, number: int = 0) -> None:
             tally.num_rules += 1
             super().apply(rule, request_id, request, number)
 
-    number, examples = 0, max(1, budget.rules // len(DEPTHS) // 80)
+    number, examples = budget.seed, max(1, budget.rules // len(DEPTHS) // RULES_PER_EXAMPLE)
     quiet = settings(
         max_examples=examples, stateful_step_count=50, deadline=None, database=None, print_blob=False,
-        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     while tally.num_rules < budget.rules and len(tally.failures) < MOST_FAILURES:
-        parts = vars_of(walk_machine(scheduler, cache, DEPTHS[number % len(DEPTHS)]))
-        machine = seed(budget.seed + number)(type("Machine", (Counting,), parts))
-        _note(tally, partial(run_state_machine_as_test, machine, settings=quiet))
+        depth = DEPTHS[number % len(DEPTHS)]
+        machine = walk_machine(scheduler, cache, depth, cache_options=cache_options(cache, number))
+        run = seed(number)(type("Machine", (Counting, machine), {}))
+        _note(tally, partial(run_state_machine_as_test, run, settings=quiet), f", rules of seed {number}")
         number += 1
-
-
-def vars_of(machine: type[WalkMachine]) -> dict[str, Any]:
-    """The parts a machine is made of."""
-    return {name: getattr(machine, name) for name in ("scheduler", "cache", "depth", "options")}
+    tally.rule_seconds = time.process_time() - started
 
 
 def fault_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocator], budget: Budget) -> None:
@@ -145,9 +161,11 @@ def fault_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAlloca
         tally.num_cells_raised += bool(_note(tally, partial(run_cell, cell, scheduler, cache)))
 
 
-def _note(tally: Tally, run: Callable[[], Any]) -> Any:
-    """Run, or keep the first line of what is wrong."""
+def _note(tally: Tally, run: Callable[[], Any], what: str = "") -> Any:
+    """Run, or keep the first line of what is wrong. What hypothesis has shrunk goes to stderr."""
     try:
         return run()
     except Exception as error:
-        tally.failures.append(f"{tally.pair}: {str(error).partition(chr(10))[0] or type(error).__name__}")
+        line = str(error).partition("\n")[0] or type(error).__name__
+        tally.failures.append(f"{tally.pair}{what}: {line}")
+        print(tally.failures[-1], *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)

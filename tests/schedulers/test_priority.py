@@ -4,6 +4,10 @@ from typing import Any
 
 import pytest
 
+from llmkit.interfaces.cache import CacheSpec
+from llmkit.testing.simulation import simulate
+from llmkit.types import Request, RequestStatus, SamplingParams
+from llmkit_caches.paged import PagedCache
 from llmkit_schedulers.priority import Priority
 
 
@@ -70,3 +74,16 @@ def test_without_enough_ageing_the_urgent_keep_going_first(make_stage: Any) -> N
         stage.add(f"urgent{number}", max_tokens=2, priority=0)
         stage.step(), stage.step()
     assert "patient" not in stage.ended
+
+
+def test_who_displaces_everybody_starts_in_the_same_step() -> None:
+    """A prompt longer than the pool, behind a window: alone it need not have room for all of it at once."""
+    cache = PagedCache(PagedCache.Settings(), CacheSpec(num_blocks=7, block_size=5, window=25))
+    scheduler = Priority(Priority.Settings(max_num_batched_tokens=52))
+    engine = simulate(scheduler, cache, cost=lambda plan: 1.0).engine
+    engine.add(Request("patient", [0] * 20, SamplingParams(max_tokens=30), priority=5))
+    engine.step()
+    urgent = Request("urgent", [1] * 60, SamplingParams(max_tokens=2))
+    engine.add(urgent)
+    engine.step()
+    assert urgent.status is RequestStatus.RUNNING
