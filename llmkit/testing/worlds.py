@@ -203,7 +203,7 @@ def draw_world(seed: int) -> World:
         faults = {name: random.randint(1, spec.num_slots) for name in names if random.random() < 0.2}
         reach = random.choice((reach, reach, random.randint(2, reach)))
     limits, packs = EngineLimits(vocab_size, reach, frozenset(eos)), random.random() < 0.25
-    looks_every = random.choice((1, 2, 4, 7))
+    looks_every = random.choice((1, 1, 2, 7))
     num_host_blocks = random.choice((0, 0, random.randint(1, 2 * spec.num_blocks)))
     events.sort(key=lambda event: event.at)
     return World(seed, spec, options, events, limits, faults, packs, looks_every, num_host_blocks)
