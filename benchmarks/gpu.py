@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -58,6 +59,12 @@ def observed(llm: LLM, workload: str) -> str:
     return f"{result['host_us_per_step']:.0f} | {idle}"
 
 
+def network_of(llm: LLM) -> str:
+    """Which layers run: one that is slow may be so because they were not fused, or not captured."""
+    executor: Any = llm.engine.executor
+    return f"{type(executor.network).__name__}, {'graphs' if executor.graphs else 'no graphs'}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -86,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
         f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
-        f"max_model_len {options.max_model_len}; median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
+        f"max_model_len {options.max_model_len}, {network_of(llm)}; median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
         "",
         "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread | host us/step | device idle |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
