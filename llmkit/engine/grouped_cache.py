@@ -12,7 +12,8 @@ class GroupedCache(CacheAllocator):
     """`groups` of one class and block size, those who see furthest first; each has a pool and tables of its own.
 
     What is asked of it, counts and the block table, is the first group's; tables of all have the same length. Every
-    request holds its tokens in all of them or in none, and a cached prefix is one that all of them find.
+    request holds its tokens in all of them or in none, and a cached prefix is one that all of them find. Nothing is
+    forked.
     """
 
     is_groupable = False

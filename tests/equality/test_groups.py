@@ -167,6 +167,18 @@ def test_a_prefix_is_found_where_all_groups_have_it(cache: str, num_blocks: int)
     check_nothing_left(llm)
 
 
+def test_samples_of_a_prompt_find_it_in_every_group() -> None:
+    """They are not forked, but wait for the first of them and then start behind its full blocks."""
+    llm = build("gemma2", "paged", 1, 90)
+    assert not llm.engine.planner._residency.forks.is_on
+    with ReallyFloat64():
+        (output,) = llm.generate([prompts(LENGTHS)[1]], PARAMS.model_copy(update={"n": 3}))
+    for completion, num_cached in zip(output.completions, (0, 30, 30), strict=True):
+        assert list(completion.token_ids) == wanted("gemma2")[1].token_ids
+        assert completion.metrics.num_cached_tokens == num_cached
+    check_nothing_left(llm)
+
+
 def test_what_holds_everything_is_not_grouped() -> None:
     """A cache that releases nothing, requests that may wait in host memory, and windows that nobody outgrows."""
     for options in ({"cache": "contiguous"}, {"swap_gib": 0.001}, {"max_model_len": WINDOW}):
