@@ -25,6 +25,7 @@ class StepEvent:
 
     `num_running`, `num_waiting`, `cache` and the slots stand as they were while it ran, before requests that it ended
     left. `num_reserved_slots`: KV slots in used blocks; `num_unwritten_slots`: those that no step has written yet.
+    Of a model with several groups of layers these are the first one's, who sees furthest.
     `sent_at`: the launch had returned. `device_seconds`: see `StepResult`.
     """
 

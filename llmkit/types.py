@@ -6,7 +6,7 @@ Torch-free. Nothing here decides anything; the state machine lives in `llmkit.en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
@@ -108,6 +108,9 @@ class BlockTableEdit(NamedTuple):
     blocks: tuple[int, ...]
 
 
+Edits = tuple[BlockTableEdit, ...]
+
+
 class BlockCopy(NamedTuple):
     """Copy the KV of the first `num_tokens` slots of block `source` to `block`, over all layers."""
 
@@ -133,14 +136,22 @@ class StepPlan:
     """What one step runs: plain data, so that it can be recorded, replayed or sent to another process.
 
     `scheduled` is a `DecodeRows` where the rows of the step before go on, one token each, else a tuple.
-    `copies` come before everything else.
+    `copies` come before everything else. `more_edits` are those of further groups of layers, which have block tables
+    of their own, or empty if no table changes; `of_group` is the plan as a group sees it.
     """
 
     step_id: int
     scheduled: Sequence[ScheduledRequest]
     admissions: tuple[Admission, ...] = ()
-    edits: tuple[BlockTableEdit, ...] = ()
+    edits: Edits = ()
     copies: BlockCopies | None = None
+    more_edits: tuple[Edits, ...] = ()
+
+    def of_group(self, number: int) -> StepPlan:
+        """The same step with the edits of group `number`, 0 for the first."""
+        if not number:
+            return self
+        return replace(self, edits=self.more_edits[number - 1] if self.more_edits else (), more_edits=())
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,7 @@ from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.memory import choose_num_blocks
 from llmkit.engine.planner import Planner
+from llmkit.engine.pools import allocate_pools, build_allocator, grouped, windows_of
 from llmkit.engine.settings import EngineSettings
 from llmkit.engine.swap_costs import measure_costs
 from llmkit.engine.swapping import HostPool
@@ -24,7 +25,7 @@ from llmkit.errors import CapacityError, ConfigError
 from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
-from llmkit.interfaces.scheduler import Scheduler
+from llmkit.interfaces.scheduler import Scheduler, SchedulerSettings
 from llmkit.model.loading import LoadedModel
 from llmkit.model.memory import free_bytes, meter_of
 from llmkit.model.network import Network, build_network
@@ -37,13 +38,6 @@ def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirement
     """What `model` on its device asks of an attention backend."""
     dtype = str(model.dtype).removeprefix("torch.")
     return AttentionRequirements(model.device.type, dtype, block_size, tuple(model.architecture.layers.values()))
-
-
-def window_of(requirements: AttentionRequirements) -> int | None:
-    """How many keys a query sees at most in any layer, its own included; None if a layer sees all."""
-    windows = [layer.window for layer in requirements.layers]
-    known = [window for window in windows if window is not None]
-    return max(known) if known and len(known) == len(windows) else None
 
 
 def build_backend(
@@ -70,9 +64,10 @@ def build_engine(
 
     Where a device's memory can be metered the cache gets what the largest steps leave of it.
     """
-    limits, device = scheduler.settings, model.device
-    reach = _reach(model, settings)
-    allocator = _allocator(cache, model, backend, settings, limits.max_num_seqs, reach)
+    limits, device, reach = scheduler.settings, model.device, _reach(model, settings)
+    backend = grouped(backend, reach) if cache[0].is_groupable and not settings.swap_gib else backend
+    depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
+    allocator = _allocator(cache, model, backend, settings, limits, reach, depth)
     max_model_len = min(reach, allocator.max_num_tokens or reach)
     network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
     meter = meter_of(device)
@@ -83,16 +78,15 @@ def build_engine(
             return _executor(model, network, backend, limits.max_num_seqs, max_model_len)
 
         taken = bytes_of_largest_steps(on_trial, limits, max_model_len, meter)
-        allocator = _allocator(cache, model, backend, settings, limits.max_num_seqs, reach, taken)
+        allocator = _allocator(cache, model, backend, settings, limits, reach, depth, taken)
         max_model_len = min(reach, allocator.max_num_tokens or reach)
-    backend.allocate(allocator.spec.num_blocks)
+    allocate_pools(backend, allocator)
     executor = _executor(model, network, backend, limits.max_num_seqs, max_model_len)
     if device.type == "cuda":
         executor.timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         executor.graphs = _graphs(executor) if settings.graphs else None
     bound_by = "the cache" if max_model_len < reach else "the model"
     engine_limits = EngineLimits(model.architecture.vocab_size, max_model_len, model.eos_token_ids, bound_by)
-    depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
     num_tokens = min(limits.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
     host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
     planner = Planner(scheduler, allocator, host, backend.copies_blocks)
@@ -112,27 +106,29 @@ def _allocator(
     model: LoadedModel,
     backend: AttentionBackend,
     settings: EngineSettings,
-    max_num_seqs: int,
+    limits: SchedulerSettings,
     reach: int,
+    depth: int,
     taken: int = 0,
 ) -> CacheAllocator:
     """An allocator for as many blocks as fit beside the `taken` bytes of a step, and are of use."""
     block_size = backend.requirements.block_size
     free = max(0, free_bytes(model.device, settings.gpu_memory_utilization) - taken)
     budget = free if model.device.type == "cuda" else int(settings.cpu_cache_gib * 2**30)
-    useful = max_num_seqs * -(-reach // block_size)
+    useful = limits.max_num_seqs * -(-reach // block_size)
     num_blocks = choose_num_blocks(settings.num_blocks, useful, backend.bytes_per_block(), budget, free)
-    return cache[0](cache[1], CacheSpec(num_blocks, block_size, window_of(backend.requirements)))
+    return build_allocator(cache, backend, num_blocks, useful, limits, depth)
 
 
 def _executor(
     model: LoadedModel, network: Network, backend: AttentionBackend, max_num_seqs: int, max_model_len: int
 ) -> TorchExecutor:
-    inputs = InputBuilder(max_num_seqs, max_model_len, backend.requirements.block_size, window_of(backend.requirements))
+    block_size = backend.requirements.block_size
+    builders = [InputBuilder(max_num_seqs, max_model_len, block_size, window) for window in windows_of(backend)]
     # One slot more than there are requests: rows that only fill a decode graph up live there.
     tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=model.device)
     sampler = Sampler(model.architecture.vocab_size, max_num_seqs, model.device, model.eos_token_ids)
-    return TorchExecutor(network, backend, sampler, inputs, tokens)
+    return TorchExecutor(network, backend, sampler, builders[0], tokens, more_inputs=builders[1:])
 
 
 def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens: int) -> HostPool:
@@ -157,7 +153,8 @@ def _graphs(executor: TorchExecutor) -> DecodeGraphs | None:
     if on_device is None:
         log.info("without triton decode runs without CUDA graphs")
         return None
-    graphs = DecodeGraphs(executor.network, backend, on_device.choose, executor.tokens, executor.inputs.block_tables)
+    tables = [inputs.block_tables for inputs in (executor.inputs, *executor.more_inputs)]
+    graphs = DecodeGraphs(executor.network, backend, on_device.choose, executor.tokens, tables[0], tables[1:])
     if not graphs.is_supported():
         log.info("attention %s runs without CUDA graphs", type(backend).__name__)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.engine.captured import Captured, Choose, Decoded
+from llmkit.engine.grouped_attention import GroupedBatch
 from llmkit.engine.inputs import slots_and_starts
 from llmkit.engine.mixed_graph import Device, MixedGraphs
 from llmkit.engine.repeats import num_repeated_keys
@@ -21,7 +23,7 @@ from llmkit.model.network import Network
 from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.transfer import to_device
 from llmkit.rows import Lineup
-from llmkit.types import DecodeRows, ScheduledRequest, StepPlan
+from llmkit.types import DecodeRows, Edits, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +58,20 @@ class DecodeGraphs:
         choose: Choose,
         tokens: Tensor,
         block_tables: NDArray[np.int32],
+        more_block_tables: Sequence[NDArray[np.int32]] = (),
     ) -> None:
-        """`tokens` int64 [max_num_seqs + 1, max_model_len + 1]; `block_tables` the host's, [max_num_seqs, width]."""
+        """`tokens` int64 [max_num_seqs + 1, max_model_len + 1]; `block_tables` the host's, [max_num_seqs, width], and
+        those of further groups of layers."""
         self._network = network
         self._choose = choose
         self._backend = backend
         self._tokens = tokens
         self._spare = len(block_tables)
         self._host_tables = block_tables
+        self._more_host_tables = more_block_tables
         self._block_size = backend.requirements.block_size
         self._tables = torch.zeros(self._spare + 1, block_tables.shape[1], dtype=torch.int32, device=tokens.device)
+        self._more_tables = [torch.zeros_like(self._tables) for _ in more_block_tables]
         self._buckets = buckets_up_to(self._spare)
         self._captured: dict[tuple[int, bool], Captured] = {}
         self._counts = backend.reads_once(tokens.numel())
@@ -77,12 +83,9 @@ class DecodeGraphs:
         """Bring the plan's block-table edits to the device; work is proportional to the blocks that are new."""
         if not plan.edits:
             return
-        edits = [(slot, start + i, block) for slot, start, blocks in plan.edits for i, block in enumerate(blocks)]
-        if edits:
-            slots, columns, blocks = to_device(
-                torch.tensor(edits, dtype=torch.int64).T.contiguous(), self._tables.device
-            )
-            self._tables[slots, columns] = blocks.to(torch.int32)
+        _write(self._tables, plan.edits)
+        for table, edits in zip(self._more_tables, plan.more_edits, strict=True):
+            _write(table, edits)
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether a graph is large enough for `plan`."""
@@ -113,7 +116,8 @@ class DecodeGraphs:
         rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes))
         for size in sizes:
             self._captured[size, False] = self._capture(size, 0)
-        mixed = MixedGraphs(Device(self._network, self._backend, self._choose, self._tokens, self._tables, self._pool))
+        parts = self._network, self._backend, self._choose, self._tokens, self._tables, self._pool
+        mixed = MixedGraphs(Device(*parts, self._more_tables))
         self.mixed = mixed if mixed.is_supported() else None
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 
@@ -131,33 +135,36 @@ class DecodeGraphs:
         return self._counted[1]
 
     def _padding(self, size: int) -> Tensor:
-        row = torch.tensor([self._spare, 0, -1, 0], dtype=torch.int64, device=self._tokens.device)
-        return row[:, None].repeat(1, size)
+        row = [self._spare, 0, -1, 0] + [-1] * len(self._more_tables)
+        return torch.tensor(row, dtype=torch.int64, device=self._tokens.device)[:, None].repeat(1, size)
 
     def _inputs(self, plan: StepPlan, size: int) -> NDArray[np.int64]:
-        """int64 [4, size]: each row's slot, position, KV slot and sequence length."""
+        """int64 [4, size]: each row's slot, position, KV slot and sequence length. Further groups' KV slots follow."""
         slots, positions = slots_and_starts(plan.scheduled)
         columns, offsets = np.divmod(positions, self._block_size)
         kv_slots = self._host_tables[slots, columns].astype(np.int64) * self._block_size + offsets
-        inputs = np.empty((4, size), dtype=np.int64)
-        inputs[:, : len(slots)] = slots, positions, kv_slots, positions + 1
-        inputs[:, len(slots) :] = [[self._spare], [0], [-1], [0]]
+        inputs = np.empty((4 + len(self._more_host_tables), size), dtype=np.int64)
+        inputs[:4, : len(slots)] = slots, positions, kv_slots, positions + 1
+        inputs[:4, len(slots) :] = [[self._spare], [0], [-1], [0]]
+        for row, tables in enumerate(self._more_host_tables, 4):
+            inputs[row, : len(slots)] = tables[slots, columns].astype(np.int64) * self._block_size + offsets
+            inputs[row, len(slots) :] = -1
         return inputs
 
     def _capture(self, size: int, repeated: int) -> Captured:
         return Captured.of(lambda inputs: self._step(inputs, repeated), self._padding(size), self._pool)
 
     def _step(self, inputs: Tensor, repeated: int) -> tuple[Tensor, Tensor]:
-        slots, positions, _, seq_lens = inputs.unbind()
+        slots, positions, _, seq_lens = inputs[:4].unbind()
         batch = self._batch(inputs, repeated)
         self._backend.plan(batch)
         logits = self._network(self._tokens[slots, positions], positions, batch.query_start_loc[:-1].long())
         return logits, self._choose(logits, slots, seq_lens, self._tokens)
 
     def _batch(self, inputs: Tensor, repeated: int = 0) -> AttentionBatch:
-        slots, positions, slot_mapping, seq_lens = inputs.unbind()
+        slots, positions, slot_mapping, seq_lens = inputs[:4].unbind()
         size, reach = len(slots), self._tokens.shape[1] - 1
-        return AttentionBatch(
+        batch = AttentionBatch(
             query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=inputs.device),
             seq_lens=seq_lens.to(torch.int32),
             positions=positions,
@@ -169,3 +176,16 @@ class DecodeGraphs:
             host_seq_lens=(reach,) * size,
             num_repeated_keys=repeated,
         )
+        if not self._more_tables:
+            return batch
+        more = zip(self._more_tables, inputs[4:].unbind(), strict=True)
+        others = [replace(batch, block_table=table[slots], slot_mapping=places) for table, places in more]
+        return GroupedBatch.of([batch, *others])
+
+
+def _write(table: Tensor, edits: Edits) -> None:
+    """Bring `edits` to a table on the device, int32 [slots, width]."""
+    entries = [(slot, start + i, block) for slot, start, blocks in edits for i, block in enumerate(blocks)]
+    if entries:
+        slots, columns, blocks = to_device(torch.tensor(entries, dtype=torch.int64).T.contiguous(), table.device)
+        table[slots, columns] = blocks.to(torch.int32)

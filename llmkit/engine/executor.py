@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmkit.engine.decode_graph import DecodeGraphs, is_decode
 from llmkit.engine.device_timer import DeviceTimer
+from llmkit.engine.grouped_attention import GroupedBatch
 from llmkit.engine.inputs import InputBuilder, PackedInputs, slots_and_starts
 from llmkit.engine.repeats import num_repeated_keys
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
@@ -61,7 +62,9 @@ class TorchExecutor:
         tokens: torch.Tensor,
         graphs: DecodeGraphs | None = None,
         timer: DeviceTimer | None = None,
+        more_inputs: Sequence[InputBuilder] = (),
     ) -> None:
+        """`more_inputs` pack the tables of further groups of layers; `backend` is a `GroupedAttention` then."""
         self.network = network
         self.backend = backend
         self.sampler = sampler
@@ -69,6 +72,7 @@ class TorchExecutor:
         self.tokens = tokens
         self.graphs = graphs
         self.timer = timer
+        self.more_inputs = tuple(more_inputs)
         self._counts_repeats = backend.reads_once(tokens.numel())
         self._admissions: dict[int, Admission] = {}
         self._with_prompt_logprobs: set[int] = set()
@@ -89,6 +93,8 @@ class TorchExecutor:
         for admission in plan.admissions:
             self._admit(admission)
         self.inputs.apply(plan)
+        for number, inputs in enumerate(self.more_inputs, 1):
+            inputs.apply(plan.of_group(number))
         if self.graphs is not None:
             self.graphs.apply(plan)
             if self.graphs.takes(plan) and not self._prompt_logprob_rows(plan):
@@ -96,7 +102,8 @@ class TorchExecutor:
         packed = self.inputs.build(plan)
         device = self.tokens.device
         token_slots, positions = _to(packed.token_slots, device), _to(packed.positions, device)
-        self.backend.plan(self._batch(packed, positions))
+        batch = self._batch(packed, positions)
+        self.backend.plan(self._grouped(batch, plan) if self.more_inputs else batch)
         prompt_rows = self._prompt_logprob_rows(plan)
         wanted = [packed.logit_tokens, *(np.arange(first, first + n) for _, first, n in prompt_rows)]
         rows = np.concatenate(wanted)
@@ -163,6 +170,16 @@ class TorchExecutor:
             fresh_blocks=_to(packed.fresh_blocks, device) if len(packed.fresh_blocks) else None,
             num_repeated_keys=self._num_repeated(packed) if self._counts_repeats else 0,
         )
+
+    def _grouped(self, batch: AttentionBatch, plan: StepPlan) -> GroupedBatch:
+        """`batch`, and the same rows in the tables of every further group."""
+        others, device = [], self.tokens.device
+        for inputs in self.more_inputs:
+            packed = inputs.build(plan)
+            fresh = _to(packed.fresh_blocks, device) if len(packed.fresh_blocks) else None
+            table, slots = _to(packed.block_table, device), _to(packed.slot_mapping, device)
+            others.append(replace(batch, block_table=table, slot_mapping=slots, fresh_blocks=fresh))
+        return GroupedBatch.of([batch, *others])
 
     def _num_repeated(self, packed: PackedInputs) -> int:
         """Keys that rows with one new token repeat."""

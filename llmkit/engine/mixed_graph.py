@@ -7,7 +7,7 @@ tokens fit. Without a graph the host would need longer to launch such a step tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.engine.captured import Captured, Choose, Decoded
+from llmkit.engine.grouped_attention import GroupedBatch
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
 from llmkit.model.network import Network
 from llmkit.types import ScheduledRequest
@@ -29,7 +30,7 @@ ROWS = (16, 64, 128, 256, 512, 1024)
 @dataclass(frozen=True, slots=True)
 class Device:
     """What steps read and write on the device: `tokens` int64 [max_num_seqs + 1, max_model_len + 1] and `tables` int32
-    [max_num_seqs + 1, width], whose last slot belongs to rows that fill up."""
+    [max_num_seqs + 1, width], whose last slot belongs to rows that fill up, and `more_tables` of further groups."""
 
     network: Network
     backend: AttentionBackend
@@ -37,6 +38,7 @@ class Device:
     tokens: Tensor
     tables: Tensor
     pool: Any
+    more_tables: Sequence[Tensor] = ()
 
     @property
     def spare(self) -> int:
@@ -112,17 +114,24 @@ def pack(device: Device, inputs: Tensor, num_tokens: int) -> tuple[Tensor, Atten
     is_real, row = row < len(slots), row.clamp_(max=len(slots) - 1)
     positions = torch.where(is_real, index + (starts - ends + counts)[row], 0)
     slot, block_size = torch.where(is_real, slots[row], device.spare), device.backend.requirements.block_size
-    kv_slots = device.tables[slot, positions // block_size].long() * block_size + positions % block_size
+
+    def kv_slots(table: Tensor) -> Tensor:
+        places = table[slot, positions // block_size].long() * block_size + positions % block_size
+        return torch.where(is_real, places, -1)
+
     batch = AttentionBatch(
         query_start_loc=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
         seq_lens=torch.where(counts > 0, starts + counts, 0).to(torch.int32),
         positions=positions,
         block_table=device.tables[slots],
-        slot_mapping=torch.where(is_real, kv_slots, -1),
+        slot_mapping=kv_slots(device.tables),
         max_query_len=num_tokens,
         max_seq_len=device.reach,
         query_lens=(num_tokens,) * len(slots),
         host_seq_lens=(device.reach,) * len(slots),
         lens_are_bounds=True,
     )
+    if device.more_tables:
+        others = [replace(batch, block_table=one[slots], slot_mapping=kv_slots(one)) for one in device.more_tables]
+        batch = GroupedBatch.of([batch, *others])
     return device.tokens[slot, positions], batch

@@ -17,7 +17,7 @@ from llmkit.interfaces.scheduler import RequestList, RequestQueue, RequestView, 
 from llmkit.types import (
     Admission,
     BlockCopies,
-    BlockTableEdit,
+    Edits,
     FinishReason,
     Request,
     RequestStatus,
@@ -115,7 +115,7 @@ class Planner:
         step = PlannedStep(self._residency, self.scheduler.settings.max_num_batched_tokens, now)
         try:
             self.scheduler.schedule(self._queue, step)
-            edits = self._edits(step)
+            edits, more_edits = self._edits(step)
         except BaseException:
             step.rollback()
             raise
@@ -123,7 +123,7 @@ class Planner:
             step.close()
             self._update_queues(step)
         rejected = {view._request: reason for view, reason in step.rejected.items()} if step.rejected else {}
-        return (self._compile(step, edits) if step.grants else None), rejected
+        return (self._compile(step, edits, more_edits) if step.grants else None), rejected
 
     def _repeat(self) -> StepPlan | None:
         """The step before once more, if the scheduler lets it go on and every running request is decoding."""
@@ -170,12 +170,14 @@ class Planner:
                 self._waiting.insert(0, view)
         self._running.extend(step.admitted)
 
-    def _edits(self, step: PlannedStep) -> tuple[BlockTableEdit, ...]:
-        """What the device must hear of block tables; changes nothing, so that an allocator may fail here."""
+    def _edits(self, step: PlannedStep) -> tuple[Edits, tuple[Edits, ...]]:
+        """What the device must hear of block tables, the first group's and others'; changes nothing, so that an
+        allocator may fail here."""
         requests = [view._request for view in step.grants]
-        return tuple([self._residency.edit(one) for one in requests if one.num_blocks > one.num_sent_blocks])
+        grown = [one for one in requests if one.num_blocks > one.num_sent_blocks]
+        return tuple([self._residency.edit(one) for one in grown]), self._residency.more_edits(grown)
 
-    def _compile(self, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> StepPlan:
+    def _compile(self, step: PlannedStep, edits: Edits, more_edits: tuple[Edits, ...]) -> StepPlan:
         """Turn grants into plain data and mark their tokens as in flight."""
         step_id = self._num_planned_steps
         self._num_planned_steps += 1
@@ -195,9 +197,9 @@ class Planner:
             request.num_sent_blocks = request.num_blocks
         self._residency.num_scheduled_tokens += sum(step.grants.values())
         self._sampling = [view._request for view in step.grants] if num_samples == len(rows) else []
-        return StepPlan(step_id, tuple(rows), admissions, edits, self._copies(step_id, step, edits))
+        return StepPlan(step_id, tuple(rows), admissions, edits, self._copies(step_id, step, edits), more_edits)
 
-    def _copies(self, step_id: int, step: PlannedStep, edits: tuple[BlockTableEdit, ...]) -> BlockCopies | None:
+    def _copies(self, step_id: int, step: PlannedStep, edits: Edits) -> BlockCopies | None:
         """What is copied for forks, to host memory and back; who starts has been sent its whole block table."""
         forks = tuple([copy for view in step.admitted for copy in step.copies[view]])
         copies = None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from llmkit.engine.containment import Containment
 from llmkit.engine.forks import Forks
+from llmkit.engine.grouped_cache import groups_of
 from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
-from llmkit.types import BlockCopy, BlockTableEdit, Request
+from llmkit.types import BlockCopy, BlockTableEdit, Edits, Request
 
 UNLIMITED = 1 << 30
 
@@ -29,7 +31,8 @@ class Residency:
     """Lends out slots and blocks, and takes them back only after the last step in flight that names them.
 
     `num_held_blocks` and `num_scheduled_tokens` (computed or in flight) are those of all requests on the device;
-    blocks that a request has released are full and count on both sides.
+    blocks that a request has released are full and count on both sides. Mostly there is one group of layers; counts of
+    blocks are those of the first of the `groups`.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class Residency:
     ) -> None:
         self.allocator = allocator
         self.forks = Forks(allocator.spec, forks and allocator.forks)
+        self.groups = groups_of(allocator)
+        self.has_groups = len(self.groups) > 1
         self.host = host
         self.block_size = allocator.spec.block_size
         self._has_window = allocator.spec.window is not None
@@ -98,20 +103,50 @@ class Residency:
         if self._has_window:
             request.num_released_blocks = self.allocator.num_released_blocks(request)
 
-    def num_fitting_tokens(self, request: Request, start: int) -> int:
+    def num_fitting_tokens(self, request: Request, start: int, num_cached_tokens: int = 0) -> int:
         """Tokens from position `start` on that fit if `request` has the pool to itself, given what it has released.
 
+        One that holds nothing is going to reuse `num_cached_tokens`.
         No bound where a request has to fit whole: one that does not never fits.
         """
-        spec = self.allocator.spec
-        if self.allocator.max_num_tokens is not None:
-            return UNLIMITED
-        return (request.num_released_blocks + spec.num_blocks) * spec.block_size - start
+        num_tokens = UNLIMITED
+        for group in self.groups:
+            if group.max_num_tokens is None:
+                spec = group.spec
+                num_hidden = max(group.num_released_blocks(request), spec.num_hidden_blocks(num_cached_tokens))
+                num_tokens = min(num_tokens, (num_hidden + spec.num_blocks) * spec.block_size - start)
+        return num_tokens
+
+    def num_missing_blocks(self, request: Request, most_at_once: int) -> int:
+        """Blocks still to be found before every known token has its place, a window and `most_at_once` at a time.
+
+        Where a further group lacks some, as many more than are free as it lacks.
+        """
+        first, *others = (self._num_missing(group, request, most_at_once) for group in self.groups)
+        if not others:
+            return first
+        frees = [group.stats().num_unowned_blocks for group in self.groups]
+        return max(first, *(frees[0] + num - free for num, free in zip(others, frees[1:], strict=True)))
+
+    def _num_missing(self, group: CacheAllocator, request: Request, most_at_once: int) -> int:
+        num_missing = group.num_missing_blocks(request, request.num_tokens)
+        fork = self.forks.find(request)
+        if fork is not None and fork.num_tokens > self.num_saved_tokens(request):
+            num_own = -(-request.num_tokens // self.block_size) - fork.num_tokens // self.block_size
+            num_missing = min(num_missing, num_own)
+        if group.spec.window is None or group.max_num_tokens is not None:
+            return num_missing
+        return min(num_missing, -(-(group.spec.window + most_at_once) // self.block_size) + 1)
 
     def edit(self, request: Request) -> BlockTableEdit:
         """The blocks of `request` that the device does not know yet; whoever sends it counts them as sent."""
         first = max(request.num_sent_blocks, request.num_released_blocks)
         return BlockTableEdit(request.slot, first, tuple(self.allocator.block_table(request)[first:]))
+
+    def more_edits(self, requests: Collection[Request]) -> tuple[Edits, ...]:
+        """The same of each group behind the first, for all `requests`; empty if there are none."""
+        others = self.groups[1:] if requests else ()
+        return tuple([tuple([_edit(group, one) for one in requests]) for group in others])
 
     def publish(self, request: Request, num_computed_tokens: int) -> None:
         """KV below `num_computed_tokens` is valid. An allocator that fails to publish it harms nobody."""
@@ -130,8 +165,9 @@ class Residency:
         """Keep in host memory what `request` has computed, if that pays. What fails here is computed again.
 
         What a window has left behind is gone, and no allocator gives out the rest alone: such a request starts anew.
+        So do those of several groups.
         """
-        if self.host is None or not request.num_computed_tokens or request.num_released_blocks:
+        if self.host is None or not request.num_computed_tokens or request.num_released_blocks or self.has_groups:
             return
         try:
             self.host.save(request, self.allocator.block_table(request))
@@ -203,3 +239,8 @@ class Residency:
         """Give back what an allocator failed to free."""
         if self._pinned and self._pinned[0][0] < self.num_landed_steps:
             self.land(self.num_landed_steps - 1)
+
+
+def _edit(group: CacheAllocator, request: Request) -> BlockTableEdit:
+    first = max(request.num_sent_blocks, group.num_released_blocks(request))
+    return BlockTableEdit(request.slot, first, tuple(group.block_table(request)[first:]))

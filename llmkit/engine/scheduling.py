@@ -43,16 +43,7 @@ class PlannedStep:
 
     def num_missing_blocks(self, view: RequestView) -> int:
         """Blocks still to be found before every known token of a request has its place, a window of them at a time."""
-        allocator, request = self._residency.allocator, view._request
-        num_missing = allocator.num_missing_blocks(request, request.num_tokens)
-        fork = self._residency.forks.find(request)
-        if fork is not None and fork.num_tokens > self._residency.num_saved_tokens(request):
-            num_own = -(-request.num_tokens // self._block_size) - fork.num_tokens // self._block_size
-            num_missing = min(num_missing, num_own)
-        if allocator.spec.window is not None and allocator.max_num_tokens is None:
-            num_at_once = allocator.spec.window + self._max_num_tokens
-            return min(num_missing, -(-num_at_once // self._block_size) + 1)
-        return num_missing
+        return self._residency.num_missing_blocks(view._request, self._max_num_tokens)
 
     def run(self, view: RequestView, max_tokens: int) -> Grant | Denied:
         """Grant up to `max_tokens` tokens of a request, admitting it if it waits."""
@@ -91,8 +82,7 @@ class PlannedStep:
             return NO_BLOCKS
         allocator, found = residency.allocator, residency.find(request)
         num_ready = found.num_ready
-        num_fitting = residency.num_fitting_tokens(request, num_ready)
-        num_fitting += allocator.spec.num_hidden_blocks(found.num_pooled) * self._block_size
+        num_fitting = residency.num_fitting_tokens(request, num_ready, found.num_pooled)
         num_tokens = min(request.num_tokens - num_ready, max_tokens, self.num_free_tokens, num_fitting)
         copies = residency.start(request, found, num_ready + num_tokens)
         if copies is None:

@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from llmkit.engine.residency import Residency
 from llmkit.rows import DecodeRows, Lineup
-from llmkit.types import BlockTableEdit, Request, StepPlan
+from llmkit.types import Edits, Request, StepPlan
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +32,8 @@ class _Row:
 
 
 _number = attrgetter("number")
+NOTHING: tuple[Edits, tuple[Edits, ...]] = ((), ())
+"""No edits, of no group."""
 
 
 @dataclass(slots=True, eq=False)
@@ -120,9 +122,10 @@ class SteadyDecode:
 
     def plan(self) -> StepPlan | None:
         """The next step; None, and then it is over, if blocks are short or nobody has anything left to run."""
-        edits = self._grow()
-        if edits is None:
+        grown = self._grow()
+        if grown is None:
             return None
+        edits, more_edits = grown
         self._gone.update(row.request for row in self._to_stop.get(self._num_planned, ()))
         if self._gone:
             self._crew, self._gone = self._crew.without(self._gone), set()
@@ -133,13 +136,13 @@ class SteadyDecode:
         self._num_planned += 1
         self._residency.num_scheduled_tokens += len(rows)
         self._in_flight.append(self._crew)
-        return StepPlan(step_id, rows, (), edits)
+        return StepPlan(step_id, rows, (), edits, None, more_edits)
 
-    def _grow(self) -> tuple[BlockTableEdit, ...] | None:
+    def _grow(self) -> tuple[Edits, tuple[Edits, ...]] | None:
         """New blocks for those who need one now; None if there are not enough."""
         rows = self._to_grow.pop(self._num_planned, ())
         if not rows:
-            return ()
+            return NOTHING
         rows = sorted((row for row in rows if row.request in self._rows), key=_number)
         for row in rows:
             self._settle(row)
@@ -147,9 +150,10 @@ class SteadyDecode:
                 return None
             self._expect_growth(row)
         edits = tuple([self._residency.edit(row.request) for row in rows])
+        more_edits = self._residency.more_edits([row.request for row in rows]) if self._residency.has_groups else ()
         for row in rows:
             row.request.num_sent_blocks = row.request.num_blocks
-        return edits
+        return edits, more_edits
 
     def owns(self, plan: StepPlan) -> bool:
         """Whether `plan` came from here."""

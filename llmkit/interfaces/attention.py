@@ -88,7 +88,11 @@ class KeyValueSlots:
 
 
 class AttentionBackend(ABC):
-    """Stores keys and values in blocks and attends over them."""
+    """Stores keys and values in blocks and attends over them.
+
+    Where layers have unlike windows there may be several of one class, each for some of the layers, with a pool of its
+    own. `requirements` are its own then, and `layer` counts those layers only.
+    """
 
     Settings: ClassVar[type[AnySettings]] = AnySettings
     preferred_block_size: ClassVar[int] = 16

@@ -61,6 +61,12 @@ class CacheAllocator(ABC):
     """
 
     Settings: ClassVar[type[AnySettings]] = AnySettings
+    is_groupable: ClassVar[bool] = False
+    """Whether layers of unlike windows may get an allocator of this class each: a pool and a block table per window.
+
+    Worth it where blocks behind `spec.window` are released. Where prefixes are reused it takes `match_within` and
+    `allocate_within`, since a prefix is what all of them find.
+    """
 
     def __init__(self, settings: AnySettings, spec: CacheSpec) -> None:
         self.settings = settings
@@ -80,6 +86,10 @@ class CacheAllocator(ABC):
         """
         return 0
 
+    def match_within(self, request: Request, most: int) -> int:
+        """`match` if nothing behind the first `most` tokens were cached. Pure."""
+        return 0
+
     @property
     def max_num_tokens(self) -> int | None:
         """Length of the longest request that can run, if it runs alone; None where only a window of it is held."""
@@ -96,6 +106,10 @@ class CacheAllocator(ABC):
     @abstractmethod
     def allocate(self, request: Request, upto: int) -> bool:
         """Make `block_table(request)` cover positions below `upto`. All or nothing: False changes nothing."""
+
+    def allocate_within(self, request: Request, upto: int, most: int) -> bool:
+        """`allocate` for a request that holds nothing, which reuses its first `match_within(request, most)` tokens."""
+        return self.allocate(request, upto)
 
     @property
     def forks(self) -> bool:

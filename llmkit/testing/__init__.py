@@ -7,6 +7,7 @@ from llmkit.testing.caches import check_cache
 from llmkit.testing.chaos import Chaos
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.fake import FakeExecutor
+from llmkit.testing.grouped import grouped
 from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.reference import ReferenceCache, ReservingCache, continuation
 from llmkit.testing.schedulers import check_scheduler
@@ -22,5 +23,6 @@ __all__ = [
     "check_cache",
     "check_scheduler",
     "continuation",
+    "grouped",
     "next_token",
 ]

@@ -13,6 +13,7 @@ from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.chaos import Chaos
 from llmkit.testing.coverage import Coverage
+from llmkit.testing.grouped import grouped
 from llmkit.testing.ledger import Ledger
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
@@ -31,24 +32,30 @@ def check_cache(
     """Audit `cache` alone, then under an engine; AssertionError, with the seed, at the first thing that is wrong.
 
     Alone: random operations against a book of what was handed out. Under an engine: the walks of `check_scheduler`
-    with ordinary batching and with `Chaos`. Every fourth seed comes a second time, with a window. `options` fix
-    settings of the cache. Returns what the walks went through.
+    with ordinary batching and with `Chaos`. Every fourth seed comes a second time, with a window, and another with
+    several groups of layers where the cache `is_groupable`. `options` fix settings of the cache. Returns what the walks
+    went through.
     """
     coverage = Coverage()
-    for seed, has_window in chain.from_iterable(_turns(seed) for seed in seeds):
-        audit(cache, seed, options or {}, has_window=has_window)
+    for seed, has_window, has_groups in chain.from_iterable(_turns(seed, cache.is_groupable) for seed in seeds):
+        audit(grouped(cache, has_small_pools=False) if has_groups else cache, seed, options or {}, 100, has_window)
         world = windowed(draw_world(seed)) if has_window else draw_world(seed)
         for scheduler in schedulers:
             for depth in depths:
                 built = build_scheduler(scheduler, world.scheduler_options, {})
-                allocator = build_cache(cache, world.spec, options or {})
+                allocator = build_cache(grouped(cache) if has_groups else cache, world.spec, options or {})
                 coverage += Walk(world, built, allocator, depth, is_strict=scheduler is not Chaos).run()
     return coverage
 
 
-def _turns(seed: int) -> list[tuple[int, bool]]:
-    """Each seed without a window, every fourth with one as well."""
-    return [(seed, False), (seed, True)][: 2 - (seed % 4 > 0)]
+def _turns(seed: int, is_groupable: bool) -> list[tuple[int, bool, bool]]:
+    """Each seed plain; every fourth with a window as well, and another with groups, the first of which may have one."""
+    turns = [(seed, False, False)]
+    if seed % 4 == 0:
+        turns.append((seed, True, False))
+    if seed % 4 == 2 and is_groupable:
+        turns.append((seed, seed % 8 == 6, True))
+    return turns
 
 
 def audit(

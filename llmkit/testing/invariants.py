@@ -26,8 +26,9 @@ class Books:
     def has_moved(self, planner: Planner) -> bool:
         """Whether anything differs from the last call."""
         residency = planner._residency
+        stats = [group.stats() for group in residency.groups] if residency.has_groups else planner.allocator.stats()
         moved = (
-            planner.allocator.stats(), planner._running[:], planner._waiting[:], len(planner.requests),
+            stats, planner._running[:], planner._waiting[:], len(planner.requests),
             residency.num_held_blocks, residency.num_reclaiming_blocks, residency.num_free_slots,
         )  # fmt: skip
         is_same, self._moved = moved == self._moved, moved
@@ -70,6 +71,8 @@ def check_planner(
         if planner.host is not None:
             planner.host.check(waiting)
         _check_counts(planner, running, in_flight)
+        for group in planner._residency.groups[1:]:
+            group.check()
     _check_residency(planner._residency, running, books.census(planner.allocator, settles))
 
 
@@ -91,9 +94,10 @@ def _check_counts(planner: Planner, running: list[Request], in_flight: Sequence[
 def check_empty(planner: Planner) -> None:
     """Nothing is left behind once every request has ended and every step has landed."""
     assert not planner.requests and not planner.num_waiting and not planner.num_running, "requests are left over"
-    stats = planner.allocator.stats()
-    assert not stats.num_used_blocks, f"{stats.num_used_blocks} blocks never came back: {planner.allocator.census()}"
     residency = planner._residency
+    for group in residency.groups:
+        num_used = group.stats().num_used_blocks
+        assert not num_used, f"{num_used} blocks never came back: {group.census()}"
     assert not residency.num_reclaiming_blocks, f"{residency.num_reclaiming_blocks} blocks are still awaited"
     most = planner.scheduler.settings.max_num_seqs
     assert residency.num_free_slots == most, f"{residency.num_free_slots} of {most} slots came back"
@@ -113,8 +117,12 @@ def _check_running(request: Request, planner: Planner, in_flight: tuple[int, int
     name, block_size = request.request_id, planner.allocator.spec.block_size
     assert request.status is RequestStatus.RUNNING, f"{name} runs as {request.status}"
     table = planner.allocator.block_table(request)
-    _check_released(request, planner.allocator)
-    assert len(table) == request.num_blocks, f"{name} counts {request.num_blocks} blocks, its table has {len(table)}"
+    num_released = planner.allocator.num_released_blocks(request)
+    assert request.num_released_blocks == num_released, f"{name} counts {request.num_released_blocks} released blocks"
+    for group in planner._residency.groups:
+        _check_released(request, group)
+        num_held, num_blocks = len(group.block_table(request)), request.num_blocks
+        assert num_held == num_blocks, f"{name} counts {num_blocks} blocks, its table has {num_held}"
     counted = request.num_in_flight_tokens, request.num_pending_samples
     assert counted == in_flight, f"{name} counts {counted} tokens and samples in flight, there are {in_flight}"
     scheduled = request.num_computed_tokens + request.num_in_flight_tokens
@@ -128,7 +136,6 @@ def _check_released(request: Request, allocator: CacheAllocator) -> None:
     """What is held starts where the window of the next query does, and is bounded by it where the allocator says so."""
     spec, name, computed = allocator.spec, request.request_id, request.num_computed_tokens
     num_released, num_hidden = allocator.num_released_blocks(request), spec.num_hidden_blocks(computed)
-    assert request.num_released_blocks == num_released, f"{name} counts {request.num_released_blocks} released blocks"
     assert num_released <= num_hidden, f"{name} released {num_released} blocks at {computed}, {num_hidden} are hidden"
     if allocator.max_num_tokens is None:
         assert num_released == num_hidden, f"{name} released {num_released} of {num_hidden} blocks behind its window"
@@ -146,6 +153,19 @@ def _check_residency(residency: Residency, running: list[Request], census: dict[
     is_right = len(set(slots)) == len(slots) == max(slots) + 1 and min(slots) == 0
     assert is_right, f"slots {sorted(slots)}"
     assert residency.num_reclaiming_blocks == num_awaited, f"{residency.num_reclaiming_blocks} != {num_awaited}"
+    _check_tables(allocator, running, tables, census)
+    for group in residency.groups[1:]:
+        holders = [*running, *[request for _, request, _ in residency._pinned]]
+        theirs = {request.request_id: held_blocks(group, request) for request in holders}
+        _check_tables(group, running, theirs, group.census())
+
+
+def _check_tables(
+    allocator: CacheAllocator,
+    running: list[Request],
+    tables: dict[str, Sequence[int]],
+    census: dict[int, tuple[str, ...]],
+) -> None:
     named: dict[int, tuple[str, ...]] = {}
     num_named = 0
     for request_id, table in tables.items():
@@ -186,9 +206,16 @@ def _check_sharing(
         assert not shared, f"{request.request_id} has yet to write into {shared}, which others hold as well"
 
 
-def check_contents(planner: Planner, executor: OracleExecutor) -> None:
-    """Every block a running request holds stands for its tokens, as far as they were computed, in the host's tables."""
-    allocator = planner.allocator
+def check_contents(planner: Planner, executors: Sequence[OracleExecutor]) -> None:
+    """Every block a running request holds stands for its tokens, as far as they were computed, in the host's tables.
+
+    There is one executor for each group of layers.
+    """
+    for group, executor in zip(planner._residency.groups, executors, strict=True):
+        _check_group(planner, group, executor)
+
+
+def _check_group(planner: Planner, allocator: CacheAllocator, executor: OracleExecutor) -> None:
     for view in planner._running:
         request = view._request
         end, tags = request.num_computed_tokens, executor.slots[request.slot].tags

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from llmkit.engine.engine import Engine
+from llmkit.engine.grouped_cache import groups_of
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
 from llmkit.engine.progress import Progress
@@ -21,6 +22,7 @@ from llmkit.interfaces.scheduler import RequestQueue, RequestView, Scheduler, Sc
 from llmkit.testing.chaos import Chaos, ChaosError
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.expected import Expectations
+from llmkit.testing.grouped import GroupedOracle
 from llmkit.testing.invariants import Books, check_contents, check_empty, check_planner
 from llmkit.testing.liveness import Liveness
 from llmkit.testing.oracle import OracleExecutor
@@ -55,6 +57,7 @@ class Walk:
     is_strict: bool = True
     engine: Engine = field(init=False)
     executor: OracleExecutor = field(init=False)
+    executors: tuple[OracleExecutor, ...] = field(init=False)
     clock: VirtualClock = field(default_factory=VirtualClock)
     coverage: Coverage = field(default_factory=lambda: Coverage(num_walks=1))
     trace: list[Event] = field(default_factory=list)
@@ -67,19 +70,17 @@ class Walk:
 
     def __post_init__(self) -> None:
         world, limits, settings = self.world, self._limits(), self.scheduler.settings
-        self.executor = OracleExecutor(
-            world.spec.block_size,
-            settings.max_num_seqs,
-            limits.max_model_len,
-            limits.vocab_size,
-            world.faults,
-            world.packs,
-            world.spec.window,
+        seqs, reach, size, faults = settings.max_num_seqs, limits.max_model_len, limits.vocab_size, world.faults
+        block_size, groups = world.spec.block_size, groups_of(self.cache)
+        self.executors = tuple(
+            [OracleExecutor(block_size, seqs, reach, size, faults, world.packs, one.spec.window) for one in groups]
         )
-        num_host_blocks, block_size = world.num_host_blocks, world.spec.block_size
+        self.executor = self.executors[0]
+        num_host_blocks = world.num_host_blocks
         host = HostPool(num_host_blocks, block_size, SWAP_COSTS) if num_host_blocks else None
         planner = Planner(self.scheduler, self.cache, host)
-        self.engine = Engine(planner, self.executor, limits, self.clock, depth=self.depth)
+        executor = GroupedOracle(self.executors) if len(groups) > 1 else self.executor
+        self.engine = Engine(planner, executor, limits, self.clock, depth=self.depth)
         self._expected = Expectations(limits, world.faults, isinstance(self.scheduler, Chaos), self.coverage)
         self._liveness = Liveness(self.depth, self.is_strict)
 
@@ -158,11 +159,12 @@ class Walk:
         self.coverage.num_copied_blocks += self.executor.num_copied_blocks
         check_empty(self.engine.planner)
         self._expected.check_none_left()
-        num_slots = self.cache.spec.num_slots
-        whole = Request("whole", [0] * num_slots, SamplingParams(max_tokens=1), max_num_tokens=num_slots)
-        assert self.cache.allocate(whole, num_slots), f"an idle pool has no room for {num_slots} tokens"
-        self.cache.free(whole)
-        self.cache.check()
+        for group in groups_of(self.cache):
+            num_slots = group.spec.num_slots
+            whole = Request("whole", [0] * num_slots, SamplingParams(max_tokens=1), max_num_tokens=num_slots)
+            assert group.allocate(whole, num_slots), f"an idle pool has no room for {num_slots} tokens"
+            group.free(whole)
+            group.check()
 
     def _add(self, request: Request, after: str | None = None) -> bool:
         """Whether it was taken."""
@@ -210,11 +212,12 @@ class Walk:
         num_cached = self.cache.match(request)
         assert 0 <= num_cached < request.num_tokens, f"match says {num_cached} of {request.num_tokens} are cached"
         if num_cached and self.cache.allocate(request, num_cached):
-            first = self.cache.num_released_blocks(request)
-            table, num_hidden = list(self.cache.block_table(request)), first * self.cache.spec.block_size
-            found = self.executor.entries(table[first:], num_cached - num_hidden)
-            wanted = tags_of(request.token_ids[:num_cached])[num_hidden:]
-            assert found == wanted, f"cached blocks {table} hold something else"
+            for group, executor in zip(groups_of(self.cache), self.executors, strict=True):
+                first = group.num_released_blocks(request)
+                table, num_hidden = list(group.block_table(request)), first * group.spec.block_size
+                found = executor.entries(table[first:], num_cached - num_hidden)
+                wanted = tags_of(request.token_ids[:num_cached])[num_hidden:]
+                assert found == wanted, f"cached blocks {table} hold something else"
             self.cache.free(request)
 
     def _step(self) -> None:
@@ -250,7 +253,7 @@ class Walk:
         assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
         plans = list(executor.history)[-in_flight:] if in_flight and self._looks else ()
         check_planner(planner, plans, self._looks, self._books)
-        check_contents(planner, executor)
+        check_contents(planner, self.executors)
 
     def _check_limits(self, plan: StepPlan) -> None:
         settings = self.scheduler.settings

@@ -18,6 +18,8 @@ RELEASED = -1
 class SharingCache(CacheAllocator):
     """Any free block serves any request, and full blocks that were computed once serve whoever needs them."""
 
+    is_groupable = True
+
     def __init__(self, settings: Settings, spec: CacheSpec, index: PrefixIndex[Any], is_on: bool = True) -> None:
         super().__init__(settings, spec)
         self._free = list(range(spec.num_blocks - 1, -1, -1))
@@ -44,6 +46,9 @@ class SharingCache(CacheAllocator):
     def match(self, request: Request) -> int:
         return len(self._index.find(request)) * self.spec.block_size if self._is_on else 0
 
+    def match_within(self, request: Request, most: int) -> int:
+        return len(self._reusable(request, most // self.spec.block_size)) * self.spec.block_size
+
     def num_missing_blocks(self, request: Request, upto: int) -> int:
         num_blocks = -(-upto // self.spec.block_size)
         table = self._tables.get(request.request_id)
@@ -55,12 +60,17 @@ class SharingCache(CacheAllocator):
         num_blocks = -(-upto // self.spec.block_size)
         table = self._tables.get(request.request_id)
         if table is None:
-            table = self._start(request, num_blocks)
+            table = self._start(request, num_blocks, num_blocks)
         return table is not None and self._grow(table, num_blocks)
 
-    def _start(self, request: Request, num_blocks: int) -> list[int] | None:
-        """A table with the blocks that `request` reuses; None if there is no room for `num_blocks` in all."""
-        reusable = self._reusable(request, num_blocks)
+    def allocate_within(self, request: Request, upto: int, most: int) -> bool:
+        num_blocks = -(-upto // self.spec.block_size)
+        table = self._start(request, num_blocks, min(num_blocks, most // self.spec.block_size))
+        return table is not None and self._grow(table, num_blocks)
+
+    def _start(self, request: Request, num_blocks: int, most: int) -> list[int] | None:
+        """A table with what `request` reuses of its first `most` blocks; None if there is no room for `num_blocks`."""
+        reusable = self._reusable(request, most)
         if self._num_taken(reusable, num_blocks) > len(self._free) + self._index.num_idle:
             return None
         table: list[int] = []

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from llmkit.engine.assembly import window_of
 from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.planner import Planner
+from llmkit.engine.pools import window_of
 from llmkit.interfaces.attention import AttentionRequirements, LayerSpec
 from llmkit.interfaces.cache import CacheSpec
 from llmkit.testing.invariants import check_planner

@@ -56,6 +56,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "phi3",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
     },
+    "qwen2": {
+        **COMMON,
+        "model_type": "qwen2",
+        "num_attention_heads": 16,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
     "mixtral": {**COMMON, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         **COMMON,

@@ -63,7 +63,7 @@ def test_greedy_samples_are_those_of_transformers(
                 logits = [tap.logits[f"{number}-{index}", len(prompt) + at] for at in range(MAX_TOKENS)]
                 assert (torch.stack(logits) - wanted.logits).abs().max() < 1e-9
     llm.engine.planner.allocator.check()
-    assert (num_copied(tap) > 2) == (cache != "contiguous")
+    assert (num_copied(tap) > 2) == (cache != "contiguous" and name != "gemma2"), "several groups fork nothing"
     assert num_blocks == ROOMY or sum(one.metrics.num_preemptions for out in outputs for one in out.completions) > 0
 
 

@@ -15,6 +15,7 @@ import pluggy
 
 from llmkit import hookspecs
 from llmkit.engine.engine import Engine
+from llmkit.engine.grouped_cache import groups_of
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.planner import Planner
 from llmkit.engine.swapping import HostPool, SwapCosts
@@ -23,6 +24,7 @@ from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import VirtualClock
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing import OracleExecutor, continuation
+from llmkit.testing.grouped import GroupedOracle
 from llmkit.testing.invariants import check_empty
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.types import Completion, FinishReason, Request, SamplingParams
@@ -123,8 +125,9 @@ def set_trap(engine: Engine, trap: Trap) -> None:
     hook, planner = trap.cell.hook, engine.planner
     if hook in ("match", "num_missing_blocks", "allocate", "fork", "commit", "free", "block_table", "stats"):
         own = hook != "stats"
-        call = getattr(planner.allocator, hook)
-        setattr(planner.allocator, hook, trap.around(call, lambda *args: not own or args[0].request_id == FAULTY))
+        allocator = groups_of(planner.allocator)[0]
+        call = getattr(allocator, hook)
+        setattr(allocator, hook, trap.around(call, lambda *args: not own or args[0].request_id == FAULTY))
     elif hook == "schedule":
         planner.scheduler.schedule = trap.around(planner.scheduler.schedule, lambda *args: True)  # type: ignore[method-assign]
     elif hook == "schedule, at its end":
@@ -169,6 +172,10 @@ class SlotlessOracle(OracleExecutor):
     """Like its base, but its methods can be replaced one by one."""
 
 
+class SlotlessGroups(GroupedOracle):
+    """Like its base, but its methods can be replaced one by one."""
+
+
 def build_engine(
     scheduler: type[Scheduler], cache: type[CacheAllocator], depth: int, num_host_blocks: int = 0
 ) -> Engine:
@@ -177,7 +184,9 @@ def build_engine(
     drawn = {"max_num_seqs": 12, "max_num_batched_tokens": 40, "max_chunk_tokens": 6}
     built, allocator = build_scheduler(scheduler, drawn, {}), build_cache(cache, spec, {})
     limits = EngineLimits(50, spec.num_slots, frozenset({7}))
-    executor = SlotlessOracle(spec.block_size, built.settings.max_num_seqs, limits.max_model_len, limits.vocab_size)
+    sizes = spec.block_size, built.settings.max_num_seqs, limits.max_model_len, limits.vocab_size
+    oracles = [SlotlessOracle(*sizes, window=group.spec.window) for group in groups_of(allocator)]
+    executor = SlotlessGroups(oracles) if len(oracles) > 1 else oracles[0]
     host = HostPool(num_host_blocks, spec.block_size, SwapCosts(1.0, 0.0, 0.0)) if num_host_blocks else None
     return Engine(Planner(built, allocator, host), executor, limits, VirtualClock(), depth=depth)
 

@@ -17,6 +17,7 @@ from llmkit import Registry, load_plugins
 from llmkit.interfaces.cache import CacheAllocator
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.testing.coverage import Coverage
+from llmkit.testing.grouped import grouped
 from llmkit.testing.machine import WalkMachine, walk_machine
 from llmkit.testing.schedulers import build_cache, build_scheduler
 from llmkit.testing.walk import Walk
@@ -110,17 +111,18 @@ def walk_pair(tally: Tally, scheduler: type[Scheduler], cache: type[CacheAllocat
 
 
 def world_of(number: int) -> World:
-    """Every fourth seed has a window."""
-    return draw_world(number) if number % 4 else windowed(draw_world(number))
+    """Every fourth seed has a window, and so do some of those with groups."""
+    return draw_world(number) if number % 4 and number % 16 != 6 else windowed(draw_world(number))
 
 
 def walk_of(
     scheduler: type[Scheduler], cache: type[CacheAllocator], number: int, depth: int, world: World | None = None
 ) -> Walk:
-    """The walk of seed `number`, through its world."""
+    """The walk of seed `number`, through its world; every fourth has several groups of layers where the cache can."""
     world = world or world_of(number)
     built = build_scheduler(scheduler, world.scheduler_options, {})
-    return Walk(world, built, build_cache(cache, world.spec, cache_options(cache, number)), depth)
+    kind = grouped(cache) if cache.is_groupable and number % 4 == 2 else cache
+    return Walk(world, built, build_cache(kind, world.spec, cache_options(cache, number)), depth)
 
 
 def cache_options(cache: type[CacheAllocator], number: int) -> dict[str, Any]:

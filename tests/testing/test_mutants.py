@@ -81,7 +81,7 @@ CORE: dict[str, Bug] = {
     "a full block goes unnoticed while steps repeat": (
         SteadyDecode._expect_growth, "- row.start", "- row.start + 1"),
     "new blocks are kept from the device while steps repeat": (
-        SteadyDecode._grow, "for row in rows])", "for row in ()])"),
+        SteadyDecode._grow, "edit(row.request) for row in rows])", "edit(row.request) for row in ()])"),
     "who has left goes on in repeated steps": (SteadyDecode.leave, "self._gone.add(request)", "pass"),
     "repeated steps run past a request's length": (
         SteadyDecode.plan, "self._to_stop.get(self._num_planned, ())", "()"),
