@@ -43,7 +43,9 @@ def measure(llm: LLM, workload: str, runs: int) -> str:
     spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
     _, num_in, num_out = results[0]
     rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
-    return f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
+    row = f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
+    print(row, flush=True)
+    return row
 
 
 def observed(llm: LLM, workload: str) -> str:
@@ -99,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread | host us/step | device idle |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for workload in options.workloads:
-        lines.append(measure(llm, workload, options.runs))
-        print(lines[-1], flush=True)
+    lines += [measure(llm, workload, options.runs) for workload in options.workloads]
     print("\n".join(lines))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
