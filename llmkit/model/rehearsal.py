@@ -41,6 +41,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
     except ImportError:
         return
     kernels: list[Any] = []
+    index = torch.cuda.current_device() if device.index is None else device.index
     run: Any = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -48,7 +49,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
         return kernels[-1]
 
     def load(kernel: Any) -> None:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(index)
         if isinstance(kernel, triton.FutureKernel):
             kernel = kernel.result(ignore_errors=True)
         if kernel is not None:
