@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Captured:
     @classmethod
     def of(cls, step: Step, inputs: Tensor, pool: Any) -> Captured:
         """Capture `step`, whose memory comes from `pool`, over `inputs`, with which it runs once."""
-        stream = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
+        stream = _side_stream(inputs.device)
         stream.wait_stream(torch.cuda.current_stream(inputs.device))
         with torch.cuda.stream(stream):
             step(inputs)  # compiles kernels and creates handles, which a capture must not do
@@ -56,6 +57,12 @@ class Captured:
         self.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
         self.graph.replay()
         return Decoded(self.logits[:num_rows], self.results)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps run before they are captured: one for all, as cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def generate(model: LoadedModel, params: list[SamplingParams], budget: int, **op
     assert llm.engine.planner.allocator.stats().num_used_blocks == 0
     graphs = llm.engine.executor.graphs  # type: ignore[attr-defined]
     if graphs is not None:
-        assert graphs.mixed is not None and len(graphs.mixed._captured) > 1
+        assert graphs.mixed is not None and graphs.mixed._captured
     return outputs
 
 

@@ -43,7 +43,7 @@ def generate(
     return outputs, llm
 
 
-def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput]) -> None:
+def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput], gap: float = GAP) -> None:
     """Most are equal; the others part where two tokens are nearly equally likely."""
     num_equal = 0
     for one, other in zip(got, wanted, strict=True):
@@ -53,7 +53,7 @@ def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput
         if differs is not None:
             assert other.logprobs is not None
             (_, first), (_, second) = other.logprobs[differs].top
-            assert first - second <= GAP, f"place {differs}: {pairs[differs]}, {first - second:.3f} nats apart"
+            assert first - second <= gap, f"place {differs}: {pairs[differs]}, {first - second:.3f} nats apart"
     assert num_equal >= len(wanted) // 2, num_equal
 
 
@@ -103,5 +103,6 @@ def test_requests_in_e4m3_are_swapped(model: LoadedModel, monkeypatch: pytest.Mo
         FlashAttention, "restore_blocks", lambda *given: (restored.append(len(given[1])), restore(*given))
     )
     got, _ = generate(model, 1 << 60, monkeypatch, "fp8", cache="contiguous", num_blocks=64, swap_gib=0.05)
-    equal_but_for_near_ties(got, wanted)
+    # A sum that rounds otherwise may end up at the next number of e4m3, an eighth away.
+    equal_but_for_near_ties(got, wanted, 2 * GAP)
     assert sum(restored) > 0

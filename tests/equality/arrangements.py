@@ -16,7 +16,7 @@ from tests.equality.runs import (
     Tap,
     backends,
     error_of,
-    fuse_exactly,
+    fused_exactly,
     installed,
     prompts,
     references,
@@ -52,23 +52,21 @@ def run(
     """One arrangement against the reference; raises AssertionError if anything differs, is vacuous or leaks."""
     num_blocks = SCARCE if preemption == "scarce" else ROOMY
     loaded = tiny_model(model, device)
-    if fused:
-        for pool in (num_blocks * BLOCK_SIZE, 1 << 30):  # one that releases blocks behind a window bounds nothing
-            fuse_exactly(loaded, min(loaded.architecture.max_model_len, pool))
     if preemption == "forced":
         scheduler += "_interrupted"
     wanted = references(model, device)
-    llm = LLM(
-        loaded,
-        scheduler=scheduler_options(scheduler, chunk, budget),
-        cache=cache,
-        attention=attention,
-        plugins=[Interruptions()],
-        block_size=BLOCK_SIZE,
-        num_blocks=num_blocks,
-        depth=depth,
-        fused=fused,
-    )
+    with fused_exactly():
+        llm = LLM(
+            loaded,
+            scheduler=scheduler_options(scheduler, chunk, budget),
+            cache=cache,
+            attention=attention,
+            plugins=[Interruptions()],
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            depth=depth,
+            fused=fused,
+        )
     tap = Tap(llm)
     with ReallyFloat64():
         outputs = llm.generate(prompts(), GREEDY)

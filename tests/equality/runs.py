@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -104,15 +106,18 @@ class Tap:
         return torch.stack([self.logits[f"{number}-0", len(prompt) + i] for i in range(num_tokens)])
 
 
-def fuse_exactly(model: LoadedModel, max_model_len: int) -> str:
-    """Put a fused network without float32 detours in place; returns why the model has none, or nothing."""
-    if max_model_len not in model.fused:
-        decoder, reason = certified_decoder(model, max_model_len)
-        if decoder is not None:
-            with torch.inference_mode(), ReallyFloat64():
-                decoder = FusedDecoder(model, max_model_len)
-        model.fused[max_model_len] = decoder, reason
-    return str(model.fused[max_model_len][1])
+def exact_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDecoder | None, str]:
+    """As `certified_decoder`, without float32 detours."""
+    decoder, reason = certified_decoder(model, max_model_len)
+    if decoder is not None:
+        with torch.inference_mode(), ReallyFloat64():
+            decoder = FusedDecoder(model, max_model_len)
+    return decoder, reason
+
+
+def fused_exactly() -> AbstractContextManager[object]:
+    """Inside, networks are fused without float32 detours."""
+    return patch("llmkit.model.network.certified_decoder", exact_decoder)
 
 
 def interrupted(base: type[Scheduler]) -> type[Scheduler]:

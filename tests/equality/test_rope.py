@@ -12,7 +12,7 @@ from llmkit.llm import LLM
 from llmkit.model.loading import load_model
 from llmkit.model.spec import ModelSpec
 from tests.equality.exact import ReallyFloat64
-from tests.equality.runs import BLOCK_SIZE, Tap, error_of, prompts, reference
+from tests.equality.runs import BLOCK_SIZE, Tap, error_of, fused_exactly, prompts, reference
 from tests.equality.zoo import SHAPE, noised
 
 REACH = 32
@@ -39,7 +39,9 @@ def test_equal_up_to_the_reach_and_refused_beyond(name: str) -> None:
     assert model.architecture.max_model_len == REACH
     *batch, too_long = prompts((3, 9, REACH - 6, REACH))
     naive = model.as_transformers()
-    llm = LLM(model, {"name": "continuous", "max_chunk_tokens": BLOCK_SIZE}, block_size=BLOCK_SIZE, num_blocks=32)
+    limits = {"name": "continuous", "max_chunk_tokens": BLOCK_SIZE}
+    with fused_exactly():
+        llm = LLM(model, limits, block_size=BLOCK_SIZE, num_blocks=32)
     tap = Tap(llm)
     with ReallyFloat64():
         wanted = [reference(naive, prompt, REACH - len(prompt)) for prompt in batch]
