@@ -41,21 +41,15 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
     except ImportError:
         return
     kernels: list[Any] = []
-    index = torch.cuda.current_device() if device.index is None else device.index
     run: Any = JITFunction.run
+    index = torch.cuda.current_device() if device.index is None else device.index
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
         return kernels[-1]
 
-    def load(kernel: Any) -> None:
-        torch.cuda.set_device(index)
-        if isinstance(kernel, triton.FutureKernel):
-            kernel = kernel.result(ignore_errors=True)
-        if kernel is not None:
-            _ = kernel.run  # makes the launcher, which the compiler does not
-
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(index,)) as pool:
         JITFunction.run = compile_only
         try:
             with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros(), _marked():
@@ -66,7 +60,14 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
             return
         finally:
             JITFunction.run = run
-        list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
+        list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
+
+
+def _load(kernel: Any) -> None:
+    """Bring a kernel, or one that is still being compiled, to the device."""
+    kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+    if kernel is not None:
+        _ = kernel.run  # makes the launcher, which the compiler does not
 
 
 @contextmanager

@@ -232,6 +232,7 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: p
     )
     triton.runtime.driver.set_active(driver)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     x = torch.ones(24, shape.hidden_size, dtype=torch.bfloat16)
     written: list[torch.Tensor] = []
 
@@ -251,7 +252,11 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: p
     assert not asked, "the step would compile again"
 
 
-def test_a_step_that_fails_in_rehearsal_is_left_to_fail_for_real(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_fails_in_rehearsal_is_left_to_fail_for_real(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     run = JITFunction.run
     rehearse(torch.device("cuda"), lambda: torch.ones(2) @ torch.ones(3))
     assert "kernels compile one by one: inconsistent tensor size" in caplog.text and JITFunction.run is run
