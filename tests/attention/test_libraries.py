@@ -90,8 +90,7 @@ def run(made: Sequences, steps: list[Rows] = STEPS, tolerance: float = 1e-12) ->
         assert error <= tolerance, f"step {number}, {rows}: {error:.1e}"
 
 
-@pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("ratio", [1, 2, 6])
+@pytest.mark.parametrize(("ratio", "window"), [(1, None), (2, 1), (6, 40)])
 def test_heads_and_windows(backend: type[AttentionBackend], ratio: int, window: int | None) -> None:
     run(sequences(backend, [layer(ratio, window=window)]))
 

@@ -41,7 +41,10 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("model", ["embedded", TINY], ids=["checkpoint", "random weights"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param("embedded", id="checkpoint", marks=pytest.mark.slow), pytest.param(TINY, id="random weights")],
+)
 def test_the_first_token_needs_no_compiler_and_no_package_that_transformers_happens_to_find(
     model: object, installed: Path
 ) -> None:
