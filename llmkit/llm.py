@@ -26,9 +26,9 @@ from llmkit.types import Request, RequestOutput, SamplingParams
 with lean_imports():
     import torch
 
-    from llmkit.engine.assembly import build_backend, build_engine, requirements_of
+    from llmkit.engine.assembly import build_backend, build_engine, check_backend, check_settings, requirements_of
     from llmkit.model.architecture import first_line
-    from llmkit.model.loading import LoadedModel, load_model
+    from llmkit.model.loading import DescribedModel, LoadedModel, load_model
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -67,13 +67,9 @@ class LLM:
         chosen_scheduler = choose(self.registry, "scheduler", scheduler)
         chosen_cache = choose(self.registry, "cache", cache)
         chosen_attention = choose(self.registry, "attention", attention)
-        self.model = self._given(model) if isinstance(model, LoadedModel) else self._load(model)
-        backend_name = self._attention_name(chosen_attention.name)
-        backend = self.registry.get("attention", backend_name)
-        backend_settings = chosen_attention.settings if chosen_attention.name != "auto" else backend.settings()
-        self.attention = build_backend(
-            backend_name, backend.load(), backend_settings, self.model, self.settings.block_size
-        )
+        self.model = self._given(model) if isinstance(model, LoadedModel) else self._load(model, chosen_attention)
+        backend, backend_settings = self._backend(chosen_attention, self.model)
+        self.attention = build_backend(backend, backend_settings, self.model, self.settings.block_size)
         self.engine: Engine = build_engine(
             self.model,
             self._scheduler(chosen_scheduler),
@@ -104,7 +100,7 @@ class LLM:
             )
         return model
 
-    def _load(self, model: Named | ModelSpec) -> LoadedModel:
+    def _load(self, model: Named | ModelSpec, attention: Choice) -> LoadedModel:
         spec = model
         if not isinstance(spec, ModelSpec):
             choice = choose(self.registry, "model", spec)
@@ -116,16 +112,21 @@ class LLM:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device=cuda: torch finds no CUDA device; use engine.device=cpu")
         dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        return load_model(spec, dtype, torch.device(device))
+        return load_model(spec, dtype, torch.device(device), lambda model: self._backend(attention, model))
 
-    def _attention_name(self, name: str) -> str:
-        if name != "auto":
-            return name
-        requirements = requirements_of(self.model, self.settings.block_size or AttentionBackend.preferred_block_size)
-        bid = self.plugin_manager.hook.llmkit_select_attention(requirements=requirements)
-        if bid is None:
-            raise ConfigError(f"attention=auto: no installed backend bids for {requirements.device}")
-        return str(bid)
+    def _backend(self, chosen: Choice, model: DescribedModel) -> tuple[type[AttentionBackend], Any]:
+        """The attention backend of `model` and its settings; ConfigError if these or the engine's do not fit it."""
+        check_settings(model, self.settings)
+        name, block_size = chosen.name, self.settings.block_size
+        if name == "auto":
+            requirements = requirements_of(model, block_size or AttentionBackend.preferred_block_size)
+            name = self.plugin_manager.hook.llmkit_select_attention(requirements=requirements)
+            if name is None:
+                raise ConfigError(f"attention=auto: no installed backend bids for {requirements.device}")
+        component = self.registry.get("attention", name)
+        backend = component.load()
+        check_backend(name, backend, model, block_size)
+        return backend, chosen.settings if chosen.name != "auto" else component.settings()
 
     def generate(self, prompts: Prompts, sampling_params: Params = None) -> list[RequestOutput]:
         """Complete every prompt; outputs come in input order.

@@ -201,6 +201,23 @@ def test_wrong_options_are_refused_before_anything_loads(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"attention": "flash"}, "attention 'flash' cannot run model 'tiny': device cpu is not cuda"),
+        ({"max_model_len": MAX_MODEL_LEN + 1}, "engine.max_model_len=129: model 'tiny' reaches 128"),
+        ({"swap_gib": 4096}, "engine.swap_gib=4096.0: "),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused_before_its_weights_load(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr("llmkit.model.loading._random", never)
+    with pytest.raises((ConfigError, CapacityError)) as error:
+        LLM(IDS, device="cpu", **options)
+    assert one_line(error.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
         ({"dtype": "float32"}, "engine.dtype=float32: the given model 'tiny' is loaded in float64"),
         ({"device": "cuda"}, "engine.device=cuda: the given model 'tiny' is loaded on cpu"),
         ({"max_model_len": MAX_MODEL_LEN + 1}, "engine.max_model_len=129: model 'tiny' reaches 128"),

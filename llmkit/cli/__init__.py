@@ -16,6 +16,8 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["--debug", "run"]:
+        return run([*words[2:], "--debug"])
     if words[:1] == ["run"]:
         return run(words[1:])
     if words[:1] == ["__complete"]:

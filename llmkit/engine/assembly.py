@@ -26,7 +26,7 @@ from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler, SchedulerSettings
-from llmkit.model.loading import LoadedModel
+from llmkit.model.loading import DescribedModel, LoadedModel
 from llmkit.model.memory import free_bytes, meter_of
 from llmkit.model.network import Network, build_network
 from llmkit.model.sampling import Sampler
@@ -34,20 +34,32 @@ from llmkit.model.sampling import Sampler
 log = logging.getLogger(__name__)
 
 
-def requirements_of(model: LoadedModel, block_size: int) -> AttentionRequirements:
+def requirements_of(model: DescribedModel, block_size: int) -> AttentionRequirements:
     """What `model` on its device asks of an attention backend."""
     dtype = str(model.dtype).removeprefix("torch.")
     return AttentionRequirements(model.device.type, dtype, block_size, tuple(model.architecture.layers.values()))
 
 
-def build_backend(
-    name: str, backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int | None
-) -> AttentionBackend:
-    """Instantiate a backend, or ConfigError with every reason why it cannot serve this model."""
-    requirements = requirements_of(model, block_size or backend.preferred_block_size)
-    reasons = backend.check(requirements)
-    if reasons:
+def check_settings(model: DescribedModel, settings: EngineSettings) -> None:
+    """ConfigError or CapacityError for what this model, or this machine, cannot give."""
+    reach, free = model.architecture.max_model_len, free_bytes(torch.device("cpu"), 1.0)
+    if settings.max_model_len is not None and settings.max_model_len > reach:
+        raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
+    if settings.swap_gib * 2**30 > free:
+        raise CapacityError(f"engine.swap_gib={settings.swap_gib}: {free / 2**30:.2f} GiB of host memory are free")
+
+
+def check_backend(name: str, backend: type[AttentionBackend], model: DescribedModel, block_size: int | None) -> None:
+    """ConfigError with every reason why a backend cannot serve this model."""
+    if reasons := backend.check(requirements_of(model, block_size or backend.preferred_block_size)):
         raise ConfigError(f"attention {name!r} cannot run model {model.name!r}: {'; '.join(reasons)}")
+
+
+def build_backend(
+    backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int | None
+) -> AttentionBackend:
+    """Instantiate a backend that has been checked."""
+    requirements = requirements_of(model, block_size or backend.preferred_block_size)
     return backend(settings, requirements, model.dtype, model.device)
 
 
@@ -95,10 +107,7 @@ def build_engine(
 
 def _reach(model: LoadedModel, settings: EngineSettings) -> int:
     """The longest sequence, as far as the model goes and the user asks."""
-    reach = model.architecture.max_model_len
-    if settings.max_model_len is not None and settings.max_model_len > reach:
-        raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
-    return settings.max_model_len or reach
+    return settings.max_model_len or model.architecture.max_model_len
 
 
 def _allocator(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -37,17 +37,23 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(slots=True)
-class LoadedModel:
-    """A transformers causal LM in eval mode, its tokenizer if there is one, and what it asks of the engine."""
+class DescribedModel:
+    """What is known of a model before its weights load."""
 
     name: str
     config: PretrainedConfig
-    module: torch.nn.Module
     architecture: Architecture
-    tokenizer: Any
-    eos_token_ids: frozenset[int]
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(slots=True)
+class LoadedModel(DescribedModel):
+    """A transformers causal LM in eval mode, its tokenizer if there is one, and what it asks of the engine."""
+
+    module: torch.nn.Module
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
     fused: dict[int, Any] = field(default_factory=dict)
 
     def as_transformers(self) -> Any:
@@ -85,12 +91,22 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         raise ModelError(f"cannot read a model config from {spec.path!r}{hint}: {first_line(error)}") from error
 
 
-def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
-    """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively."""
+def load_model(
+    spec: ModelSpec,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    check: Callable[[DescribedModel], object] = lambda _: None,
+) -> LoadedModel:
+    """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively.
+
+    `check` raises what speaks against the model before its weights load.
+    """
     with _quiet_transformers(), lean_imports(), _context(device):
         config = load_config(spec)
         architecture = inspect_architecture(config)
-        dtype = dtype or native_dtype(device)
+    dtype = dtype or native_dtype(device)
+    check(DescribedModel(spec.name, config, architecture, dtype, device))
+    with _quiet_transformers(), lean_imports():
         _check_room(spec, architecture.num_parameters * dtype.itemsize, device)
         try:
             module: Any = _checkpoint(spec, dtype, device) if spec.path else _random(config, dtype, device, spec)
@@ -101,7 +117,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype | None, device: torch.device)
     eos = _eos(module, architecture.vocab_size)
     # There is no padding; some models would look for it in every step. Past the config's check, which may want an int.
     object.__setattr__(module.config, "pad_token_id", None)
-    return LoadedModel(spec.name, config, module, architecture, tokenizer, eos, dtype, device)
+    return LoadedModel(spec.name, config, architecture, dtype, device, module, tokenizer, eos)
 
 
 @contextmanager

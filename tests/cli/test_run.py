@@ -55,9 +55,9 @@ def test_sweep_loads_shared_weights_once(
     loads: list[str] = []
     load = llmkit.llm.load_model
 
-    def counted(spec: ModelSpec, dtype: object, device: object) -> object:
+    def counted(spec: ModelSpec, dtype: object, *rest: object) -> object:
         loads.append(str(dtype))
-        return load(spec, dtype, device)
+        return load(spec, dtype, *rest)
 
     monkeypatch.setattr(llmkit.llm, "load_model", counted)
     assert main(["-m", *SMALL, "scheduler=continuous,static", "engine.dtype=float32,float64"]) == 0
@@ -124,12 +124,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     out, err = capsys.readouterr()
     assert out == ""
     assert says in err and err.startswith("llmkit: ") and err.count("\n") == 1
-    assert runs(workdir) == []
+    assert runs(workdir) == [] and not list(workdir.glob("outputs/*/*"))
 
 
 def test_debug_shows_the_traceback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError):
         main(["cache=pagd", "--debug"])
+    with pytest.raises(ConfigError):
+        llmkit_main(["--debug", "run", "cache=pagd"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ConfigError):
         main(["cache=pagd"])
