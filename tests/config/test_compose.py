@@ -158,6 +158,8 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
             ["-m", "scheduler=priority,mine", "scheduler.ageing_seconds=3"],
             "scheduler=priority has this option, scheduler=mine has not",
         ),
+        (["cache=contiguous", "cache.prefix=off"], "cache.prefix: no such option (options: none); cache=paged has it"),
+        (["attention.kv_dtype=fp8"], "attention.kv_dtype: no such option (options: none); attention=flash has it"),
         (["engine.sed=1"], "engine.sed: no such option; did you mean 'seed'?"),
         (["scheduler.max_num_seqs.x=1"], "scheduler.max_num_seqs.x: no such option"),
         (["+scheduler.max_chunk_tokens=3"], "scheduler.max_chunk_tokens exists already: leave out the +"),
