@@ -29,7 +29,7 @@ def grid_figure(result: Mapping[str, Any]) -> Figure:
     """The figure, with title, units and where the numbers come from; every axis of values starts at zero."""
     rows: Sequence[Row] = result["rows"]
     sizes = sorted({row["batch_size"] for row in rows})
-    figure, axes = new_figure(3, len(sizes), (max(7.5, 4.2 * len(sizes)), 10.5), sharey="row", sharex=True)
+    figure, axes = new_figure(3, len(sizes), (max(10.0, 4.2 * len(sizes)), 10.5), sharey="row", sharex=True)
     for column, size in enumerate(sizes):
         cells = [row for row in rows if row["batch_size"] == size]
         top, middle, bottom = axes[:, column]

@@ -61,5 +61,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{key}.")
         else:
-            rows.append((prefix + key, "-" if value is None else str(value)))
+            words = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            rows.append((prefix + key, "-" if value is None else words))
     return rows

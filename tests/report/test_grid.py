@@ -72,6 +72,16 @@ def test_any_number_of_batch_sizes_can_be_drawn(batch_sizes: tuple[int, ...]) ->
     assert grid_picture(result(batch_sizes, num_rounds=1), dpi=40).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("batch_sizes", [(4,), (1, 4)])
+def test_heading_and_legend_lie_within_the_picture(batch_sizes: tuple[int, ...]) -> None:
+    figure = grid_figure(result(batch_sizes))
+    figure.draw_without_rendering()
+    width = figure.get_size_inches()[0] * figure.dpi
+    for part in (*figure.texts, *figure.legends):
+        extent = part.get_window_extent()
+        assert extent.x0 >= 0 and extent.x1 <= width
+
+
 def test_the_table_shows_rows_means_and_agreement() -> None:
     text = io.StringIO()
     given = result(interrupted=True)

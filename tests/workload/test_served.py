@@ -98,6 +98,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page
     assert "model=&lt;script&gt;" in page
+    assert "<td>overrides</td><td></td>" in page, "a list is shown in Python's own notation"
     assert "data:image/png;base64,iVBOR" in page
     assert "http" not in page.replace("http-equiv", "")
 
