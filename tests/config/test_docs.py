@@ -56,8 +56,8 @@ def test_errors_are_quoted_as_they_are(workdir: Path) -> None:
     registry, _ = load_plugins()
     store(registry)
     quoted = [line for line in CONFIGURATION.splitlines() if line.startswith("llmkit: ")]
-    assert len(quoted) == 3
-    for argument, line in zip(("scheduler=contnuous", "scheduler.max_num_seqs=0", "engine.sed=1"), quoted, strict=True):
+    typed = ("scheduler=contnuous", "scheduler.max_num_seqs=0", "engine.sed=1", "attention.kv_dtype=fp8")
+    for argument, line in zip(typed, quoted, strict=True):
         with pytest.raises(ConfigError) as caught:
             run_hydra([argument], registry, lambda job: resolve(registry, job.raw) and None)
         expected = line.removeprefix("llmkit: ").removesuffix("...)")
