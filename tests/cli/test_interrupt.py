@@ -90,6 +90,14 @@ def test_nothing_heavy_is_imported_before_ctrl_c_is_caught() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_torch_says_nothing_when_a_run_ends_early(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while it is imported, it would log at the end how the cache of its fake tensors did."""
+    code = "import sys, llmkit.run as r; r.main(['scheduler.max_num_seqs=0']); import logging\n"
+    code += "print(logging.getLogger('torch._subclasses.fake_tensor').isEnabledFor(logging.INFO))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_ctrl_c_while_the_model_loads_names_the_run_folder(
     tiny_model: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
