@@ -78,6 +78,8 @@ def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], Non
     with _hydra_raises(argv):
         try:
             hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(composed)()
+        except BrokenPipeError:
+            raise
         except Exception as error:
             raise ConfigError(explain(error, argv, registry)) from error
     if raised:

@@ -34,9 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(_interrupted(folders))
         return INTERRUPTED
+    except BrokenPipeError:
+        return nobody_reads()
     if num_failed:
         _say(f"{num_failed} of the sweep's runs failed, see above")
         return USAGE_ERROR
+    return 0
+
+
+def nobody_reads() -> int:
+    """Exit code 0 where standard output was closed, as by `| head`; what is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from llmkit.errors import LlmkitError
 from llmkit.run import main as run
+from llmkit.run import nobody_reads
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nllmkit: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `llmkit plugins | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return nobody_reads()
 
 
 def _dispatch(options: argparse.Namespace) -> int:

@@ -90,6 +90,15 @@ def test_nothing_heavy_is_imported_before_ctrl_c_is_caught() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "llmkit.run", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_torch_says_nothing_when_a_run_ends_early(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted while it is imported, it would log at the end how the cache of its fake tensors did."""
     code = "import sys, llmkit.run as r; r.main(['scheduler.max_num_seqs=0']); import logging\n"
