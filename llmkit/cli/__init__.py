@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from llmkit.cli.completion import complete
 
         return complete(" ".join(words[1:]))
-    options = parser().parse_args(words)
+    top = parser()
+    options, unknown = top.parse_known_args(words)
+    if unknown:
+        hint = "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE" if "=" in unknown[0] else ""
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         return _dispatch(options)
     except LlmkitError as error:

@@ -89,3 +89,11 @@ def test_prompt_that_cannot_run_is_one_line(checkpoint: str, capsys: pytest.Capt
 def test_debug_raises(checkpoint: str) -> None:
     with pytest.raises(Exception, match="max_tokens=0"):
         main(["--debug", "generate", "x", "--max-tokens", "0"])
+
+
+def test_parts_are_told_to_be_options_of_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, hint in (("scheduler=sjf", "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE"), ("y", "")):
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "x", argument])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
