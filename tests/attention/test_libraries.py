@@ -90,7 +90,18 @@ def run(made: Sequences, steps: list[Rows] = STEPS, tolerance: float = 1e-12) ->
         assert error <= tolerance, f"step {number}, {rows}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("ratio", "window"), [(1, None), (2, 1), (6, 40)])
+QUICK = [(1, None), (2, 1), (6, 40)]
+"""Every ratio and every window once; the other pairs are slow."""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "window"),
+    [
+        pytest.param(ratio, window, marks=[] if (ratio, window) in QUICK else pytest.mark.slow)
+        for ratio in (1, 2, 6)
+        for window in (None, 1, 40)
+    ],
+)
 def test_heads_and_windows(backend: type[AttentionBackend], ratio: int, window: int | None) -> None:
     run(sequences(backend, [layer(ratio, window=window)]))
 
