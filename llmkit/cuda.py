@@ -44,6 +44,11 @@ def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1" and _capability(device.index) >= (9, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` runs kernels that are written for sm_90 alone."""
+    return device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1" and _capability(device.index) == (9, 0)
+
+
 @cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

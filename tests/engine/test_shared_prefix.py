@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -35,12 +37,16 @@ def generate(
 ) -> tuple[list[RequestOutput], LLM]:
     """The prompts after the first of them, so that its blocks are cached."""
     monkeypatch.setattr(limits, "PAYS_BYTES", pays_bytes)
-    attention = {"name": "flash", "kv_dtype": kv_dtype}
-    llm = LLM(model, {"name": "continuous", "max_num_seqs": 32}, attention=attention, dtype="bfloat16", **options)
+    llm = engine(model, kv_dtype, **options)
     llm.generate(PROMPTS[:1], PARAMS[:1])
     outputs = llm.generate(PROMPTS, PARAMS)
     assert llm.engine.planner.allocator.stats().num_used_blocks == 0
     return outputs, llm
+
+
+def engine(model: LoadedModel, kv_dtype: str, **options: object) -> LLM:
+    attention = {"name": "flash", "kv_dtype": kv_dtype}
+    return LLM(model, {"name": "continuous", "max_num_seqs": 32}, attention=attention, dtype="bfloat16", **options)
 
 
 def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput], gap: float = GAP) -> None:
@@ -95,14 +101,32 @@ def test_keys_in_e4m3_hold_twice_the_tokens(model: LoadedModel, monkeypatch: pyt
 @pytest.mark.cuda
 def test_requests_in_e4m3_are_swapped(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool too small for all, and copies that cost nothing: whoever is preempted waits on the host."""
-    wanted, _ = generate(model, 1 << 60, monkeypatch, "fp8")
+    prompts = [prompt[-40:] for prompt in PROMPTS]
+    params = [given.model_copy(update={"max_tokens": 60 + row}) for row, given in enumerate(PARAMS)]
+    wanted = engine(model, "fp8").generate(prompts, params)
     monkeypatch.setattr("llmkit.engine.assembly.measure_costs", lambda *given: SwapCosts(1.0, 0.0, 0.0))
-    restored: list[int] = []
-    restore = FlashAttention.restore_blocks
-    monkeypatch.setattr(
-        FlashAttention, "restore_blocks", lambda *given: (restored.append(len(given[1])), restore(*given))
-    )
-    got, _ = generate(model, 1 << 60, monkeypatch, "fp8", cache="contiguous", num_blocks=64, swap_gib=0.05)
-    # A sum that rounds otherwise may end up at the next number of e4m3, an eighth away.
-    equal_but_for_near_ties(got, wanted, 2 * GAP)
-    assert sum(restored) > 0
+    saved: dict[int, list[torch.Tensor]] = {}
+    save, restore, num_restored = FlashAttention.save_blocks, FlashAttention.restore_blocks, 0
+
+    def held(backend: FlashAttention, block: int) -> list[torch.Tensor]:
+        return [pool[:, block].view(torch.uint8).clone() for pool in backend._pools]
+
+    def save_and_note(backend: FlashAttention, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        saved.update((host, held(backend, block)) for block, host in zip(blocks, host_blocks, strict=True))
+        save(backend, blocks, host_blocks)
+
+    def restore_and_compare(backend: FlashAttention, host_blocks: Sequence[int], blocks: Sequence[int]) -> None:
+        nonlocal num_restored
+        restore(backend, host_blocks, blocks)
+        for host, block in zip(host_blocks, blocks, strict=True):
+            assert all(map(torch.equal, held(backend, block), saved[host]))
+            num_restored += 1
+
+    monkeypatch.setattr(FlashAttention, "save_blocks", save_and_note)
+    monkeypatch.setattr(FlashAttention, "restore_blocks", restore_and_compare)
+    small = engine(model, "fp8", cache={"name": "paged", "prefix": False}, block_size=16, num_blocks=64, swap_gib=0.05)
+    got = small.generate(prompts, params)
+    assert num_restored > 0
+    # Sums that round otherwise may end up at the next number of e4m3, an eighth away, so tokens say less.
+    equal = sum(one.token_ids == other.token_ids for one, other in zip(got, wanted, strict=True))
+    assert equal >= len(wanted) // 2

@@ -27,6 +27,7 @@ from llmkit_attention.flash import launch
 
 ROOT = Path(__file__).parents[2]
 TARGET, NUM_PROCESSORS = GPUTarget("cuda", 90, 32), 132
+JIT = re.compile(r"(triton|gluon)\.jit\b")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -77,6 +78,7 @@ def compiling() -> Iterator[list[Any]]:
     with ExitStack() as pretended:
         pretended.enter_context(patch.object(JITFunction, "run", compile_only))
         pretended.enter_context(patch.object(cuda, "can_overlap", lambda device: True))
+        pretended.enter_context(patch.object(launch, "is_hopper", lambda device: True))
         pretended.enter_context(patch.object(launch, "Workspace", WorkspaceOfAnH200))
         yield compiled
 
@@ -92,16 +94,11 @@ def resources(name: str, kernel: Any, folder: Path) -> Resources:
 
 
 def kernels_of_the_project() -> set[str]:
-    """Names of all Triton functions in the product that no other one calls."""
+    """Names of all Triton functions in the product that no other one names."""
     defined: dict[str, ast.FunctionDef] = {}
     for path in [*ROOT.glob("llmkit/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(JIT.match(ast.unparse(d)) for d in node.decorator_list):
                 defined[node.name] = node
-    called = {
-        ast.unparse(call.func)
-        for function in defined.values()
-        for call in ast.walk(function)
-        if isinstance(call, ast.Call)
-    }
-    return defined.keys() - called
+    named = {node.id for function in defined.values() for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return defined.keys() - named

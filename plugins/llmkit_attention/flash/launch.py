@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmkit.cuda import overlap
+from llmkit.cuda import is_hopper, overlap
 from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
 from llmkit_attention.flash.decode import attend_one, list_tiles
 from llmkit_attention.flash.prefill import attend_many, list_queries
@@ -19,6 +20,10 @@ PROGRAMS_PER_PROCESSOR = 2
 for programs of the next kernel, which would crowd out some of these."""
 STAGES = 4
 """Tiles of a decode program that are loaded or in use at the same time."""
+HOPPER_STAGES, HOPPER_REGISTERS = 3, 128
+"""The same for the kernel on Hopper, and the registers of a thread that leave room for two programs."""
+FEW_ROWS, FEW_STAGES = 16, 4
+"""Up to so many rows there is one of them a multiprocessor: fewer have to start, and fewer parts to be combined."""
 LEAST_TILES = 2
 """A share is not smaller: parts of a row must be combined again."""
 QUERY_WARPS, QUERY_STAGES = 4, 3
@@ -53,6 +58,8 @@ class Pool:
     values: torch.Tensor
     key_tiles: TensorDescriptor | torch.Tensor
     value_tiles: TensorDescriptor | torch.Tensor
+    boxes: tuple[Any, ...] | None
+    """Descriptors as `decode_hopper` takes them: tiles of keys and of values, parts of keys and of values."""
 
 
 class Workspace:
@@ -88,18 +95,30 @@ class Launch:
         self.dim_pad = power_of_two(spec.head_dim)
         self.tile = 64 if self.dim_pad <= 128 else 32
         self.bulk = block_size >= self.tile and spec.head_dim == self.dim_pad
+        self.hopper = self.bulk and spec.head_dim in (64, 128) and is_hopper(workspace.device)
         self.overlap = overlap(workspace.device)
         self.tiling = (spec.window, spec.num_heads, spec.num_kv_heads, spec.head_dim)
 
     def pool(self, pool: torch.Tensor) -> Pool:
         """`pool` [2, num_blocks, num_kv_heads, block_size, head_dim] in the form that the other methods take."""
         keys, values = pool
-        return Pool(keys, values, self._tiles(keys), self._tiles(values))
+        boxes = self._boxes(keys, values) if self.hopper and pool.dtype in (torch.bfloat16, torch.float16) else None
+        return Pool(keys, values, self._tiles(keys), self._tiles(values), boxes)
 
     def _tiles(self, part: torch.Tensor) -> TensorDescriptor | torch.Tensor:
         if not self.bulk:
             return part
         return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
+
+    def _boxes(self, *parts: torch.Tensor) -> tuple[Any, ...]:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from llmkit_attention.flash.decode_hopper import PANEL, PART
+
+        swizzled, rows = NVMMASharedLayout(128, 16, rank=2), [part.view(-1, self.spec.head_dim) for part in parts]
+        shapes = [self.tile, PANEL.value], [PART.value, PANEL.value]
+        return tuple(TensorDescriptor.from_tensor(part, shape, swizzled) for shape in shapes for part in rows)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: KeyValueSlots) -> None:
         """Store `key` and `value` [N, num_kv_heads, head_dim] in their slots."""
@@ -143,6 +162,9 @@ class Launch:
         """Fill `out` [N, num_heads, head_dim] for the rows of `tiles`, and `own` [N, num_heads], float32, with their
         log-sum-exps in base 2; other rows are left alone."""
         spec, workspace, shares = self.spec, self.workspace, self.workspace.shares(self.spec)
+        if pool.boxes is not None:
+            self._decode_hopper(query, pool.boxes, out, tiles, batch, own)
+            return
         attend_one[(shares, spec.num_kv_heads)](
             query, pool.keys, pool.values, out, own if own is not None else workspace.lse, workspace.partial,
             workspace.lse, batch.query_start_loc, tiles.owners, tiles.codes, tiles.pages, tiles.ends, tiles.arrivals,
@@ -151,6 +173,31 @@ class Launch:
             ROWS_PAD=group_pad(spec), DIM_PAD=self.dim_pad, SHARES=shares, LEAST=LEAST_TILES,
             WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None, SHARED=own is not None,
             **self.overlap, num_warps=4, num_stages=STAGES,
+        )  # fmt: skip
+
+    def _decode_hopper(
+        self,
+        query: torch.Tensor,
+        boxes: tuple[Any, ...],
+        out: torch.Tensor,
+        tiles: TileList,
+        batch: AttentionBatch,
+        own: torch.Tensor | None,
+    ) -> None:
+        from llmkit_attention.flash.decode_hopper import attend_one_hopper
+
+        spec, workspace, rows = self.spec, self.workspace, len(batch.seq_lens)
+        shares, stages = workspace.shares(spec), HOPPER_STAGES
+        if rows <= FEW_ROWS:
+            shares, stages = max(1, shares // PROGRAMS_PER_PROCESSOR), FEW_STAGES
+        attend_one_hopper[(shares, spec.num_kv_heads)](
+            query, *boxes, out, own if own is not None else workspace.lse, workspace.partial, workspace.lse,
+            batch.query_start_loc, tiles.owners, tiles.codes, tiles.pages, tiles.ends, tiles.arrivals,
+            rows, *query.stride()[:2], spec.scale, spec.softcap or 1.0,
+            HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
+            ROWS_PAD=max(8, power_of_two(self.group)), SHARES=shares, LEAST=LEAST_TILES, STAGES=stages,
+            WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None, SHARED=own is not None,
+            **self.overlap, num_warps=4, maxnreg=HOPPER_REGISTERS,
         )  # fmt: skip
 
     def list_queries(self, batch: AttentionBatch, queries: int) -> torch.Tensor:
