@@ -26,9 +26,10 @@ from llmkit.types import Request, RequestOutput, SamplingParams
 with lean_imports():
     import torch
 
-    from llmkit.engine.assembly import build_backend, build_engine, check_backend, check_settings, requirements_of
+    from llmkit.engine.assembly import build_engine, check_settings
+    from llmkit.engine.backends import build_backend, choose_backend
     from llmkit.model.architecture import first_line
-    from llmkit.model.loading import DescribedModel, LoadedModel, load_model
+    from llmkit.model.loading import DescribedModel, LoadedModel, device_of, load_model
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -46,7 +47,8 @@ class LLM:
     """A model with a scheduler, a cache and an attention backend.
 
     `model` may also be a `ModelSpec` or a `LoadedModel`, whose weights are then shared. `plugins` are extra plugin
-    objects, such as observers or components of your own. Further keywords are fields of `EngineSettings`.
+    objects, such as observers or components of your own. `check` is called before weights load and raises what speaks
+    against the model. Further keywords are fields of `EngineSettings`.
     Raises ConfigError, ModelError or CapacityError, each in one line, before anything heavy happens where it can.
     """
 
@@ -60,6 +62,7 @@ class LLM:
         engine: EngineSettings | Mapping[str, Any] | None = None,
         plugins: Sequence[object] = (),
         clock: Clock | None = None,
+        check: Callable[[DescribedModel], object] = lambda _: None,
         **engine_options: Any,
     ) -> None:
         self.settings = _engine_settings(engine, engine_options)
@@ -67,7 +70,10 @@ class LLM:
         chosen_scheduler = choose(self.registry, "scheduler", scheduler)
         chosen_cache = choose(self.registry, "cache", cache)
         chosen_attention = choose(self.registry, "attention", attention)
-        self.model = self._given(model) if isinstance(model, LoadedModel) else self._load(model, chosen_attention)
+        if isinstance(model, LoadedModel):
+            self.model = self._given(model)
+        else:
+            self.model = self._load(model, chosen_attention, check)
         backend, backend_settings = self._backend(chosen_attention, self.model)
         self.attention = build_backend(backend, backend_settings, self.model, self.settings.block_size)
         self.engine: Engine = build_engine(
@@ -100,33 +106,24 @@ class LLM:
             )
         return model
 
-    def _load(self, model: Named | ModelSpec, attention: Choice) -> LoadedModel:
+    def _load(
+        self, model: Named | ModelSpec, attention: Choice, check: Callable[[DescribedModel], object]
+    ) -> LoadedModel:
         spec = model
         if not isinstance(spec, ModelSpec):
             choice = choose(self.registry, "model", spec)
             spec = self.registry.get("model", choice.name).load()(choice.settings)
         assert isinstance(spec, ModelSpec)
-        device = self.settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("engine.device=cuda: torch finds no CUDA device; use engine.device=cpu")
         dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
-        return load_model(spec, dtype, torch.device(device), lambda model: self._backend(attention, model))
+        checks = (lambda model: self._backend(attention, model), check)
+        return load_model(spec, dtype, device_of(self.settings.device), checks)
 
     def _backend(self, chosen: Choice, model: DescribedModel) -> tuple[type[AttentionBackend], Any]:
         """The attention backend of `model` and its settings; ConfigError if these or the engine's do not fit it."""
         check_settings(model, self.settings)
-        name, block_size = chosen.name, self.settings.block_size
-        if name == "auto":
-            requirements = requirements_of(model, block_size or AttentionBackend.preferred_block_size)
-            name = self.plugin_manager.hook.llmkit_select_attention(requirements=requirements)
-            if name is None:
-                raise ConfigError(f"attention=auto: no installed backend bids for {requirements.device}")
-        component = self.registry.get("attention", name)
-        backend = component.load()
-        check_backend(name, backend, model, block_size)
-        return backend, chosen.settings if chosen.name != "auto" else component.settings()
+        hooks, block_size = self.plugin_manager.hook, self.settings.block_size
+        component = choose_backend(chosen.name, self.registry, hooks, model, block_size)
+        return component.load(), chosen.settings if chosen.name != "auto" else component.settings()
 
     def generate(self, prompts: Prompts, sampling_params: Params = None) -> list[RequestOutput]:
         """Complete every prompt; outputs come in input order.

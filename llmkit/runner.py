@@ -9,27 +9,36 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from llmkit.compose import Job, run_hydra, store, to_yaml
-from llmkit.config import Choice, RunConfig, plain, resolve
+from llmkit.config import Choice, EngineSettings, RunConfig, plain, resolve
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.plugins import load_plugins
 from llmkit.registry import Registry
 from llmkit.report.sweep_table import print_sweep
-from llmkit.workload.protocol import RunContext, RunOutcome
+from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM
-    from llmkit.model.loading import LoadedModel
+    from llmkit.model.loading import DescribedModel, LoadedModel
 
 PIPE_WIDTH = 160
 KEPT_BYTES = 1 << 30
 """Weights of earlier runs of a sweep are dropped before the next model loads once they take more than this."""
+
+
+def accept(*_: object) -> None:
+    """The check of a workload that has none."""
+
+
+def bounds_of(model: DescribedModel, settings: EngineSettings) -> ModelBounds:
+    """What prompts must respect as far as it is known before the cache exists."""
+    return ModelBounds(model.architecture.vocab_size, settings.max_model_len or model.architecture.max_model_len)
 
 
 class Runner:
@@ -73,7 +82,9 @@ class Runner:
         check_folder("plots_dir", Path(config.plots_dir))
         factory = self.registry.get("workload", config.workload.name).load()
         workload = factory(config.workload.settings)
-        llm = self._llm(config)
+        check = getattr(workload, "check", accept)
+        check(config.sampling, None)
+        llm = self._llm(config, lambda model: check(config.sampling, bounds_of(model, config.engine)))
         scheduler = Choice(config.scheduler.name, llm.engine.planner.scheduler.settings)
         context = RunContext(
             run_dir=job.run_dir,
@@ -89,7 +100,7 @@ class Runner:
         outcome: RunOutcome = workload.run(llm, context)
         return outcome
 
-    def _llm(self, config: RunConfig) -> LLM:
+    def _llm(self, config: RunConfig, check: Callable[[DescribedModel], object]) -> LLM:
         from llmkit.llm import LLM
 
         key = repr((config.model, config.engine.dtype, config.engine.device))
@@ -97,7 +108,7 @@ class Runner:
             self._models.clear()
         release_memory()
         model = self._models.get(key, config.model)
-        llm = LLM(model, config.scheduler, config.cache, config.attention, engine=config.engine)
+        llm = LLM(model, config.scheduler, config.cache, config.attention, engine=config.engine, check=check)
         self._models[key] = llm.model
         return llm
 

@@ -22,7 +22,7 @@ from llmkit.engine.swap_costs import measure_costs
 from llmkit.engine.swapping import HostPool
 from llmkit.engine.trial import bytes_of_largest_steps, num_blocks_for
 from llmkit.errors import CapacityError, ConfigError
-from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
+from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.clock import Clock, MonotonicClock
 from llmkit.interfaces.scheduler import Scheduler, SchedulerSettings
@@ -34,12 +34,6 @@ from llmkit.model.sampling import Sampler
 log = logging.getLogger(__name__)
 
 
-def requirements_of(model: DescribedModel, block_size: int) -> AttentionRequirements:
-    """What `model` on its device asks of an attention backend."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return AttentionRequirements(model.device.type, dtype, block_size, tuple(model.architecture.layers.values()))
-
-
 def check_settings(model: DescribedModel, settings: EngineSettings) -> None:
     """ConfigError or CapacityError for what this model, or this machine, cannot give."""
     reach, free = model.architecture.max_model_len, free_bytes(torch.device("cpu"), 1.0)
@@ -47,20 +41,6 @@ def check_settings(model: DescribedModel, settings: EngineSettings) -> None:
         raise ConfigError(f"engine.max_model_len={settings.max_model_len}: model {model.name!r} reaches {reach}")
     if settings.swap_gib * 2**30 > free:
         raise CapacityError(f"engine.swap_gib={settings.swap_gib}: {free / 2**30:.2f} GiB of host memory are free")
-
-
-def check_backend(name: str, backend: type[AttentionBackend], model: DescribedModel, block_size: int | None) -> None:
-    """ConfigError with every reason why a backend cannot serve this model."""
-    if reasons := backend.check(requirements_of(model, block_size or backend.preferred_block_size)):
-        raise ConfigError(f"attention {name!r} cannot run model {model.name!r}: {'; '.join(reasons)}")
-
-
-def build_backend(
-    backend: type[AttentionBackend], settings: Any, model: LoadedModel, block_size: int | None
-) -> AttentionBackend:
-    """Instantiate a backend that has been checked."""
-    requirements = requirements_of(model, block_size or backend.preferred_block_size)
-    return backend(settings, requirements, model.dtype, model.device)
 
 
 def build_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import CapacityError, ModelError
+from llmkit.errors import CapacityError, ConfigError, ModelError
 from llmkit.model.architecture import Architecture, first_line, inspect_architecture
 from llmkit.model.lean import lean_imports
 from llmkit.model.memory import free_bytes
@@ -95,17 +95,18 @@ def load_model(
     spec: ModelSpec,
     dtype: torch.dtype | None,
     device: torch.device,
-    check: Callable[[DescribedModel], object] = lambda _: None,
+    checks: Iterable[Callable[[DescribedModel], object]] = (),
 ) -> LoadedModel:
     """Check the architecture, then load. `dtype=None` takes the fastest one the device computes natively.
 
-    `check` raises what speaks against the model before its weights load.
+    `checks` raise what speaks against the model before its weights load.
     """
     with _quiet_transformers(), lean_imports(), _context(device):
         config = load_config(spec)
         architecture = inspect_architecture(config)
     dtype = dtype or native_dtype(device)
-    check(DescribedModel(spec.name, config, architecture, dtype, device))
+    for check in checks:
+        check(DescribedModel(spec.name, config, architecture, dtype, device))
     with _quiet_transformers(), lean_imports():
         _check_room(spec, architecture.num_parameters * dtype.itemsize, device)
         try:
@@ -158,6 +159,14 @@ def _check_room(spec: ModelSpec, needed: int, device: torch.device) -> None:
             f"the weights of model {spec.name!r} need {needed / 2**30:.1f} GiB on {device}, "
             f"but {free / 2**30:.1f} GiB are free"
         )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA if there is one. ConfigError if CUDA is asked for in vain."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("engine.device=cuda: torch finds no CUDA device; use engine.device=cpu")
+    return torch.device(name if name != "auto" else "cuda" if has_cuda else "cpu")
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

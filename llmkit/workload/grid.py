@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from llmkit.errors import ConfigError, LlmkitError
+from llmkit.errors import LlmkitError
 from llmkit.metrics.grid import Cell, Timing, compare_tokens, summarise_grid, timing
 from llmkit.metrics.summary import SCHEMA_VERSION
 from llmkit.report.grid import print_grid, reason_to_keep, write_grid
@@ -17,8 +17,8 @@ from llmkit.report.progress import Progress
 from llmkit.types import SamplingParams
 from llmkit.workload.interrupt import Interrupt, deferred_interrupt
 from llmkit.workload.naive import NaiveBaseline
-from llmkit.workload.protocol import RunContext, RunOutcome, Target
-from llmkit.workload.requests import check_one_sample
+from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome, Target
+from llmkit.workload.requests import check_length, check_one_sample
 from llmkit.workload.served import provenance, title
 from llmkit.workload.settings import GridSettings
 
@@ -41,10 +41,17 @@ class GridWorkload:
             )
         ]
 
+    def check(self, sampling: SamplingParams, bounds: ModelBounds | None) -> None:
+        """See `Workload`."""
+        check_one_sample("grid", sampling)
+        if bounds is not None:
+            longest = max(cell.prompt_len + cell.max_tokens for cell in self.cells)
+            check_length("grid", longest, bounds.max_model_len)
+
     def run(self, target: Target, context: RunContext) -> RunOutcome:
         """See `Workload.run`."""
-        check_one_sample("grid", context.sampling)
-        self._check(target)
+        limits = target.engine.limits
+        self.check(context.sampling, ModelBounds(limits.vocab_size, limits.max_model_len))
         naive = NaiveBaseline(target.naive_model(), target.engine.clock)
         started_at = target.engine.clock.now()
         interrupted = False
@@ -72,14 +79,6 @@ class GridWorkload:
             plots_dir = None
         files = write_grid(context.run_dir, result, plots_dir, context.config_text)
         return RunOutcome(result, tuple(files), interrupted)
-
-    def _check(self, target: Target) -> None:
-        longest, limit = max(c.prompt_len + c.max_tokens for c in self.cells), target.engine.limits.max_model_len
-        if longest > limit:
-            raise ConfigError(
-                f"workload grid needs sequences of {longest} tokens (prompt and output), "
-                f"but the model and its cache hold {limit}"
-            )
 
     def _measure(self, target: Target, naive: NaiveBaseline, interrupt: Interrupt) -> Iterator[Cell]:
         """Measure round after round, one cell at a time, within the time limit; a round once begun is finished."""

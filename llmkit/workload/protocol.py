@@ -78,7 +78,12 @@ class RunOutcome:
 
 
 class Workload(Protocol):
-    """A workload with its options."""
+    """A workload with its options.
+
+    It may also have `check(sampling: SamplingParams, bounds: ModelBounds | None)`, which raises ConfigError for what
+    cannot run. It is called before torch is imported, without bounds, and again before weights load; the cache may turn
+    out to hold less than these bounds, so `run` looks for itself.
+    """
 
     def run(self, target: Target, context: RunContext) -> RunOutcome:
         """Play it. Ctrl-C ends it early with partial results and `interrupted=True`; ConfigError if it cannot fit."""

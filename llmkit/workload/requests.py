@@ -35,14 +35,19 @@ def check_one_sample(name: str, sampling: SamplingParams) -> None:
         )
 
 
+def check_length(name: str, longest: int, limit: int) -> None:
+    """Raise ConfigError if sequences of `longest` tokens do not fit into `limit`."""
+    if longest > limit:
+        raise ConfigError(
+            f"workload {name} needs sequences of {longest} tokens (prompt and output), "
+            f"but the model and its cache hold {limit}"
+        )
+
+
 def check_fits(name: str, requests: Sequence[TimedRequest], bounds: ModelBounds) -> None:
     """Raise ConfigError if a request of a generated workload would be refused or cut short by the model."""
     longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
-    if longest > bounds.max_model_len:
-        raise ConfigError(
-            f"workload {name} needs sequences of {longest} tokens (prompt and output), "
-            f"but the model and its cache hold {bounds.max_model_len}"
-        )
+    check_length(name, longest, bounds.max_model_len)
     largest = max(max(request.prompt_token_ids) for request in requests)
     if largest >= bounds.vocab_size:
         raise ConfigError(

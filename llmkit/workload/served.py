@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -54,6 +55,12 @@ class ServedWorkload:
         if self.is_checked:
             check_fits(self.name, requests, bounds)
         return requests
+
+    def check(self, sampling: SamplingParams, bounds: ModelBounds | None) -> None:
+        """See `Workload`. How long prompts are does not depend on a tokenizer, so none is needed here."""
+        check_one_sample(self.name, sampling)
+        if bounds is not None and self.is_checked:
+            self.build(replace(bounds, encode=lambda text: [0]))
 
     def run(self, target: Target, context: RunContext) -> RunOutcome:
         """See `Workload.run`. A fault of the engine is raised after what was measured so far is written."""
@@ -170,7 +177,8 @@ def _preset(name: str) -> Callable[[PoissonSettings], ServedWorkload]:
 
 def _named(name: str) -> Callable[[NamedSettings], ServedWorkload]:
     def factory(settings: NamedSettings) -> ServedWorkload:
-        return ServedWorkload(name, settings, lambda bounds: WORKLOADS[name](settings.seed))
+        requests = cache(lambda: WORKLOADS[name](settings.seed))
+        return ServedWorkload(name, settings, lambda bounds: requests())
 
     return factory
 

@@ -79,8 +79,8 @@ def test_large_weights_are_dropped_before_the_next_model_loads(
     seen: list[int] = []
     build = runner._llm
 
-    def watched(config: RunConfig) -> LLM:
-        llm = build(config)
+    def watched(config: RunConfig, check: Callable[[object], object]) -> LLM:
+        llm = build(config, check)
         seen.append(len(runner._models))
         return llm
 
@@ -164,6 +164,56 @@ def test_a_wrong_file_is_told_before_the_model_loads(
     for workload, option in (("trace", "path"), ("poisson", "prompt_file")):
         assert main(["model=tiny", f"workload={workload}", f"workload.{option}=/no/such/file"]) == 2
         assert f"llmkit: workload.{option}='/no/such/file' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "before", "says"),
+    [
+        (["workload=grid", "sampling.n=2"], "llm.load_model", "sampling.n=2: workload grid draws one sample"),
+        (["workload=batch", "sampling.n=2"], "llm.load_model", "sampling.n=2: workload batch draws one sample"),
+        (["workload=grid", "workload.prompt_len=[999]"], "model.loading._random", "grid needs sequences of 1063"),
+        (
+            ["workload=poisson", "workload.prompt_len=999", "workload.max_tokens=1", "workload.prompt_file=text"],
+            "model.loading._random",
+            "workload poisson needs sequences of 1000 tokens (prompt and output)",
+        ),
+        (["workload=single", "engine.max_model_len=60"], "model.loading._random", "sequences of 384 tokens"),
+    ],
+)
+def test_a_workload_that_cannot_run_is_refused_before_weights_load(
+    tiny_model: Path,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    before: str,
+    says: str,
+) -> None:
+    def unwanted(*arguments: object) -> None:
+        raise AssertionError(f"{before} was called")
+
+    monkeypatch.setattr(f"llmkit.{before}", unwanted)
+    (workdir / "text").write_text("a text to cut prompts from")
+    assert main(["model=tiny", *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_workload_of_somebody_else_need_not_check(
+    tiny_model: Path, workdir: Path, install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = """
+from llmkit import Settings, hookimpl
+from llmkit.workload.protocol import RunOutcome
+class Nothing:
+    def run(self, target, context):
+        return RunOutcome({"title": "nothing"})
+@hookimpl
+def llmkit_register(registry):
+    registry.add("workload", "nothing", lambda settings: Nothing(), Settings, "runs nothing")
+"""
+    install("foreign_workload", source, "llmkit-foreign-workload")
+    assert main(["model=tiny", "workload=nothing", "sampling.n=2"]) == 0
+    assert "run folder" in capsys.readouterr().err
 
 
 def test_a_run_in_which_nothing_completed_is_not_a_success(

@@ -22,7 +22,7 @@ from llmkit import (
     hookimpl,
     load_plugins,
 )
-from llmkit.engine.assembly import requirements_of
+from llmkit.engine.backends import requirements_of
 from llmkit.llm import LLM
 from llmkit.model.certify import certified_decoder
 from llmkit.model.fused import FusedDecoder
