@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pydantic import create_model
 
 from llmkit.errors import ConfigError, PluginError, unknown_name
 from llmkit.interfaces.settings import Settings
+from llmkit.overrides import complaints
+
+log = logging.getLogger(__name__)
 
 KINDS = ("scheduler", "cache", "attention", "model", "workload")
 PARTS = ("eviction",)
@@ -34,10 +38,17 @@ class Component:
     doc: str
 
     def load(self) -> Any:
-        """The class or factory; imports its module if it was registered as "module:attribute"."""
-        if not isinstance(self.target, str):
-            return self.target
-        module, _, attribute = self.target.partition(":")
+        """The class or factory; imports its module if it was registered as "module:attribute".
+
+        Warns of members that look like misspelt overrides.
+        """
+        target = self._import() if isinstance(self.target, str) else self.target
+        for complaint in complaints(target) if isinstance(target, type) else ():
+            log.warning("%s %r of %s: %s", self.kind, self.name, self.owner, complaint)
+        return target
+
+    def _import(self) -> Any:
+        module, _, attribute = str(self.target).partition(":")
         try:
             return getattr(import_module(module), attribute)
         except Exception as error:

@@ -51,8 +51,10 @@ def show_plugin(name: str) -> int:
     return 0
 
 
-def _tables(registry: Registry, name: str) -> list[tuple[str, Table]]:
-    tables = [(f"{name}: options of every run", _options(name, SECTIONS[name]))] if name in SECTIONS else []
+def _tables(registry: Registry, name: str) -> list[tuple[str, Table | str]]:
+    tables: list[tuple[str, Table | str]] = []
+    if name in SECTIONS:
+        tables.append((f"{name}: options of every run", _options(name, SECTIONS[name])))
     for component in registry.components():
         path = f"{component.kind}/{component.name}"
         if name in (component.name, path, path.replace("/", "=")):
@@ -61,13 +63,13 @@ def _tables(registry: Registry, name: str) -> list[tuple[str, Table]]:
     return tables
 
 
-def _options(key: str, model: type[BaseModel]) -> Table:
+def _options(key: str, model: type[BaseModel]) -> Table | str:
+    if not model.model_fields:
+        return "no options"
     table = Table("option", "default", "allowed", "what it is")
     for option, value in defaults(model, "required").items():
         field = model.model_fields[option]
         shown = "null" if value is None else str(value)
         row = (f"{key}.{option}", shown, allowed(model, option), field.description or "")
         table.add_row(*(escape(cell) for cell in row))
-    if not model.model_fields:
-        table.add_row("no options", "", "", "")
     return table

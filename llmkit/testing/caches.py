@@ -11,6 +11,7 @@ from typing import Any
 from llmkit.batching import ContinuousBatching
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
+from llmkit.overrides import complaints
 from llmkit.testing.chaos import Chaos
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.grouped import grouped
@@ -36,6 +37,7 @@ def check_cache(
     several groups of layers where the cache `is_groupable`. `options` fix settings of the cache. Returns what the walks
     went through.
     """
+    assert not complaints(cache), "; ".join(complaints(cache))
     coverage = Coverage()
     for seed, has_window, has_groups in chain.from_iterable(_turns(seed, cache.is_groupable) for seed in seeds):
         audit(grouped(cache, has_small_pools=False) if has_groups else cache, seed, options or {}, 100, has_window)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
+from llmkit.overrides import complaints
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.reference import ReferenceCache, ReservingCache
 from llmkit.testing.walk import Walk
@@ -30,8 +31,10 @@ def check_scheduler(
 
     Checked: every request gets exactly the tokens it would get alone; blocks, slots and token counts add up after
     every step; everything comes back at the end; no step schedules nothing while something could run; tokens keep
-    coming. `options` fix settings of the scheduler, the limits are drawn. Returns what the walks went through.
+    coming; no member looks like a misspelt override. `options` fix settings of the scheduler, the limits are drawn.
+    Returns what the walks went through.
     """
+    assert not complaints(scheduler), "; ".join(complaints(scheduler))
     coverage = Coverage()
     for seed in seeds:
         world = draw_world(seed)

@@ -66,7 +66,9 @@ def test_show_a_section_lists_every_option(capsys: pytest.CaptureFixture[str]) -
 
 def test_show_says_what_is_required_and_what_has_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(output(capsys, "plugins", "show", "hf"), "model.path", "required")
-    assert "no options" in output(capsys, "plugins", "show", "cache/contiguous")
+    text = output(capsys, "plugins", "show", "cache/contiguous")
+    assert text.startswith("cache=contiguous of llmkit ") and text.endswith("\nno options\n")
+    assert text.count("\n") == 2, "a table of nothing is drawn"
 
 
 def test_same_name_of_two_kinds_shows_both(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
