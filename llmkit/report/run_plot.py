@@ -11,10 +11,18 @@ from llmkit.report.style import COLOURS, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def run_picture(recorder: MetricsRecorder) -> bytes:
-    """A PNG: four panels; empty ones say so."""
+    """A PNG of `run_figure`."""
+    buffer = io.BytesIO()
+    run_figure(recorder).savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def run_figure(recorder: MetricsRecorder) -> Figure:
+    """Four panels; empty ones say so."""
     figure, axes = new_figure(2, 2, (11.0, 6.5))
     start = recorder.started_at
     times = [step.landed_at - start for step in recorder.steps]
@@ -24,9 +32,7 @@ def run_picture(recorder: MetricsRecorder) -> bytes:
     _over_time(axes[0, 1], times, {"blocks in use": [step.num_used_blocks for step in steps]}, "KV blocks")
     _over_time(axes[1, 0], times, {"tokens": [step.num_tokens for step in steps]}, "tokens in the step")
     _distributions(axes[1, 1], recorder)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 def _over_time(axes: Axes, times: Sequence[float], series: dict[str, list[int]], label: str) -> None:
@@ -36,7 +42,7 @@ def _over_time(axes: Axes, times: Sequence[float], series: dict[str, list[int]],
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     if len(series) > 1 and times:
-        axes.legend(frameon=False)
+        _legend(axes)
     tidy(axes, is_empty=not times)
 
 
@@ -57,8 +63,13 @@ def _distributions(axes: Axes, recorder: MetricsRecorder) -> None:
             axes.step(values, shares, where="post", color=colour, label=name, linewidth=1.2)
     if drawn:
         axes.set_xscale("log")
-        axes.legend(frameon=False, loc="lower right")
+        _legend(axes)
     axes.set_xlabel("latency, ms (log scale)")
     axes.set_ylabel("share at or below, %")
     axes.set_ylim(0, 100)
     tidy(axes, is_empty=not drawn)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the panel, where it covers no curve."""
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
