@@ -53,9 +53,9 @@ def inspect_architecture(config: PretrainedConfig) -> Architecture:
     name = config.model_type
     try:
         text = config.get_text_config()
-        reason = _refuse_by_config(config, text)
-    except Exception as error:
-        raise ModelError(f"cannot run {name} models: {first_line(error)}") from error
+    except ValueError as error:
+        raise ModelError(f"cannot run {name} models: their config holds several text models") from error
+    reason = _refuse_by_config(config, text)
     if reason:
         raise ModelError(f"cannot run {name} models: {reason}")
     with torch.device("meta"):
@@ -138,8 +138,16 @@ def _record_calls(model: Any, name: str) -> dict[str, LayerSpec]:
         except ModelError as error:
             raise ModelError(f"cannot run {name} models: {error}") from error
         except Exception as error:
-            raise ModelError(f"cannot run {name} models packed: {first_line(error)}") from error
+            raise ModelError(f"cannot run {name} models: {_why(error)}") from error
     return layers
+
+
+def _why(error: Exception) -> str:
+    """What a failed probe says of the model."""
+    said = first_line(error)
+    if "meta" in said:
+        return "their forward reads tensor values, which are unknown before weights load"
+    return f"transformers says: {said}"
 
 
 def _layer_spec(

@@ -148,6 +148,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "max_seq_len": 256,
         "vocab_size": VOCAB_SIZE,
     },
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp"] * 3,
+        **{f"n_{part}_layers": 2 for part in ("input", "recurrent", "output")},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": {
         "text_config": {**SHAPE, "pad_token_id": 0},

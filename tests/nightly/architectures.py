@@ -55,7 +55,7 @@ def look_at(name: str) -> Finding:
 def _refused(name: str, message: str) -> Finding:
     """Told apart from configs that transformers itself does not build."""
     prefix = f"cannot run {name} models"
-    reason = message.removeprefix(prefix).removeprefix(": ").removeprefix(" packed: ")
+    reason = message.removeprefix(prefix).removeprefix(": ")
     return Finding(name, refusal=reason) if message.startswith(prefix) else Finding(name, untried=message.rstrip(":"))
 
 
