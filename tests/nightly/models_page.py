@@ -53,13 +53,18 @@ def write_models_page(findings: Sequence[Finding], versions: str, where: Circums
         f"## Refused ({len(refused)})",
         "Before their weights load, with this reason.",
         _reasons([(finding.name, finding.refusal) for finding in refused]),
-        f"## Not tried ({len(untried)})",
-        "No tiny model could be made.",
-        _reasons([(finding.name, finding.untried) for finding in untried]),
+        *_not_tried(untried),
         "## Failures",
         "\n".join(f"- {failure}" for failure in failures) or "None.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _not_tried(findings: Sequence[Finding]) -> list[str]:
+    if not findings:
+        return []
+    reasons = _reasons([(finding.name, finding.untried) for finding in findings])
+    return [f"## Not tried ({len(findings)})", "No tiny model could be made.", reasons]
 
 
 def _table(findings: Sequence[Finding]) -> str:

@@ -78,4 +78,4 @@ def test_the_command_writes_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     page = tmp_path / "page.md"
     assert architectures.main(["--names", "llama", "gpt2", "--page", str(page)]) == 0
     assert "`python -m tests.nightly.architectures --names llama gpt2` wrote" in page.read_text()
-    assert "**2 of 2 are equal" in page.read_text()
+    assert "**2 of 2 are equal" in page.read_text() and "## Not tried" not in page.read_text()
