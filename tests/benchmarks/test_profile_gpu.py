@@ -23,7 +23,6 @@ from benchmarks.profile_gpu import (
     table,
 )
 from llmkit import SamplingParams
-from tests.kernels.compiler import kernels_of_the_project
 from tests.tiny_llm import VOCAB_SIZE, tiny
 
 STEP = [
@@ -78,6 +77,9 @@ def test_kernels_of_libraries_are_known_by_their_parts(name: str, kind: str) -> 
 
 
 def test_every_kernel_of_ours_has_a_kind() -> None:
+    pytest.importorskip("triton")
+    from tests.kernels.compiler import kernels_of_the_project
+
     assert {name for name in kernels_of_the_project() if kind_of(name) == REST} == set()
 
 
