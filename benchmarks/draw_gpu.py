@@ -44,7 +44,7 @@ def number(cell: str) -> float | None:
 
 
 def throughputs(folder: Path) -> list[dict[str, Any]]:
-    """Per workload that `peers.md` knows: tokens/s of every engine, `floor` (low, high) and `goal`, None if unknown."""
+    """Per workload that `peers.md` knows: tokens/s of every engine, None if unknown, and `floor` (low, high)."""
     found = []
     for peer in rows_with(folder / "peers.md", "model", "workload"):
         path = folder / f"{peer['model']}.md"
@@ -58,7 +58,6 @@ def throughputs(folder: Path) -> list[dict[str, Any]]:
                 "counted": peer["counted"],
                 "engines": {"llmkit": number(ours[0][peer["counted"]]) if ours else None} | engines,
                 "floor": (number(low), number(high or low)),
-                "goal": number(peer["goal"]),
             }
         )
     return found
@@ -77,10 +76,7 @@ def draw_throughput(folder: Path) -> Any:
     axes[0][0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes[0][0].set_ylim(0, 1.12)
     handles = [_patch(colour, name) for name, colour in ENGINES.items()]
-    handles += [
-        _line(GREY, "--", "goal"),
-        _patch(LIGHT, "what the hardware allows"),
-    ]
+    handles.append(_patch(LIGHT, "what the hardware allows"))
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.94), ncols=5, frameon=False)
     caption = (
         "Numbers: tokens per second; at the top what measured bandwidth and FLOP/s allow. Random weights, bf16, "
@@ -96,9 +92,6 @@ def _bars(axis: Any, measured: list[dict[str, Any]]) -> None:
     for group, each in enumerate(measured):
         low, high = each["floor"]
         axis.fill_between([group - 0.46, group + 0.46], low / high if low < high else 0.99, 1.0, color=LIGHT, zorder=1)
-        axis.hlines(
-            each["goal"] / high, group - 0.46, group + 0.46, color=GREY, linestyle="--", linewidth=1.2, zorder=3
-        )
         present = [(name, rate) for name, rate in each["engines"].items() if rate is not None]
         for place, (name, rate) in enumerate(present):
             x = group + (place - (len(present) - 1) / 2) * width
