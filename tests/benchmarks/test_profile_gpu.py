@@ -76,13 +76,6 @@ def test_kernels_of_libraries_are_known_by_their_parts(name: str, kind: str) -> 
     assert kind_of(name) == kind
 
 
-def test_every_kernel_of_ours_has_a_kind() -> None:
-    pytest.importorskip("triton")
-    from tests.kernels.compiler import kernels_of_the_project
-
-    assert {name for name in kernels_of_the_project() if kind_of(name) == REST} == set()
-
-
 def test_a_trace_gives_what_ran_on_the_device_in_order() -> None:
     events: list[dict[str, Any]] = [
         {"ph": "X", "cat": "kernel", "name": "b", "ts": 20.5, "dur": 3},

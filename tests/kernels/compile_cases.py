@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from benchmarks.profile_gpu import REST, kind_of
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, KeyValueSlots, LayerSpec
 from llmkit.model import expert_kernels, layer_kernels, row_kernels, tile_kernels
 from llmkit.model.rehearsal import rehearse
@@ -221,6 +222,10 @@ def test_fits_an_h200(shape: str, launch: str, tmp_path: Path, compiled: set[str
 
 def test_every_kernel_is_compiled(compiled: set[str]) -> None:
     assert kernels_of_the_project() <= compiled
+
+
+def test_every_kernel_has_a_kind_in_profiles() -> None:
+    assert [name for name in kernels_of_the_project() if kind_of(name) == REST] == []
 
 
 def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
