@@ -6,7 +6,9 @@ Not collected by itself: `test_flash.py` runs it in a process of its own, as the
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import fields, replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -15,13 +17,14 @@ import torch
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit.interfaces.settings import Settings
 from llmkit_attention.flash.backend import FlashAttention
+from llmkit_attention.flash.prefill_list import list_longest_first
 from tests.attention.sequences import Rows, Sequences, dense
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPE, TOLERANCE = (torch.float16, 6e-3) if INTERPRETED else (torch.bfloat16, 4e-2)
 BLOCK_SIZES = (16,) if INTERPRETED else (16, 64)
-"""Blocks that hold a tile have a decode kernel of their own on Hopper."""
+"""Blocks that hold a tile have kernels of their own on Hopper."""
 HEADS = {1: (2, 2), 2: (4, 2), 4: (4, 1), 8: (16, 2), 6: (6, 1)}
 STEPS: list[Rows] = [
     [("a", 5), ("b", 70)],
@@ -30,6 +33,8 @@ STEPS: list[Rows] = [
     [("b", 1), ("c", 1), ("a", 1)],
 ]
 """Prompts longer than a tile, beside decodes; chunks behind a cached prefix; decodes only."""
+UNLIKE = (700, 1, 64, 2, 65, 300, 128, 640, 127, 63, 513, 129, 257, 1, 400, 200)
+"""New tokens of rows with more tiles, for pairs of heads, than an H200 has multiprocessors."""
 FORKED: list[Rows] = [
     [("x", 1), ("b", 1), ("y", 1)],
     [("y", 6), ("b", 1), ("x", 1), ("a", 1)],
@@ -65,13 +70,26 @@ class OnDevice(FlashAttention):
             pool[:, blocks] = float("nan")
 
 
+class Turned(OnDevice):
+    """Queries lie head by head."""
+
+    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return super().forward(layer, query.transpose(0, 1).contiguous().transpose(0, 1), key, value)
+
+
 def layer(ratio: int = 2, head_dim: int = 64, **options: Any) -> LayerSpec:
     num_heads, num_kv_heads = HEADS[ratio]
     return LayerSpec(num_heads, num_kv_heads, head_dim, **{"scale": head_dim**-0.5, **options})
 
 
-def sequences(layers: list[LayerSpec], block_size: int = 16, num_blocks: int = 40) -> Sequences:
-    made = Sequences(OnDevice, layers, DTYPE, block_size=block_size, num_blocks=num_blocks)
+def sequences(
+    layers: list[LayerSpec],
+    block_size: int = 16,
+    num_blocks: int = 40,
+    dtype: torch.dtype = DTYPE,
+    backend: type[OnDevice] = OnDevice,
+) -> Sequences:
+    made = Sequences(backend, layers, dtype, block_size=block_size, num_blocks=num_blocks)
     assert isinstance(made.backend, OnDevice)
     made.backend.fill(float("nan"))
     return made
@@ -111,6 +129,54 @@ def test_blocks_of_any_power_of_two_in_layers_that_differ(block_size: int) -> No
 def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> None:
     made = sequences([layer(4, window=window)], block_size=64)
     run(made, [[("long", 1100), ("short", 3)], [("long", 1), ("short", 1)], [("short", 1), ("new", 1), ("long", 1)]])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes minutes there, and is for programs that serve several tiles each")
+@pytest.mark.parametrize(
+    ("options", "block_size", "dtype"),
+    [
+        ({"ratio": 8, "head_dim": 128}, 64, torch.bfloat16),
+        ({"ratio": 8, "head_dim": 64}, 128, torch.float16),
+        ({"ratio": 8, "head_dim": 128, "window": 100}, 128, torch.bfloat16),
+        ({"ratio": 6, "head_dim": 64, "window": 64}, 64, torch.bfloat16),
+        ({"ratio": 8, "head_dim": 64, "window": 200, "softcap": 2.0}, 64, torch.bfloat16),
+        ({"ratio": 8, "head_dim": 128, "softcap": 20.0}, 64, torch.float16),
+        ({"ratio": 1, "head_dim": 128}, 64, torch.bfloat16),
+    ],
+)
+def test_many_prompts_of_unlike_lengths(options: dict[str, Any], block_size: int, dtype: torch.dtype) -> None:
+    """Chunks of them too, behind stored keys of any number."""
+    made = sequences([layer(**options)], block_size, 10240 // block_size, dtype)
+    run(made, [list(zip("abcdefghijklmnop", lengths, strict=True)) for lengths in (UNLIKE, UNLIKE[::-1])])
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_queries_that_lie_head_by_head(block_size: int) -> None:
+    run(sequences([layer(2)], block_size, backend=Turned))
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_layers_of_which_only_some_are_served_in_pairs(block_size: int) -> None:
+    run(sequences([layer(1), layer(2), layer(4, 32), layer(2, 128, window=70)], block_size))
+
+
+@pytest.mark.parametrize("counts", [(5,), (70, 1, 0, 64), (0, 1, 1), tuple(range(0, 300, 7))])
+def test_tiles_are_listed_with_most_keys_first(counts: tuple[int, ...]) -> None:
+    """Rows with one new token, or none, have none; rows are compared four at a time, tiles listed two at a time."""
+    draw = random.Random(0)
+    starts, stored = [0, *accumulate(counts)], [draw.choice((0, 16, 32, draw.randrange(90))) for _ in counts]
+    wanted = [
+        (-(before + first + 16), row, [row, starts[row] + first, before + first, count - first])
+        for row, (count, before) in enumerate(zip(counts, stored, strict=True))
+        for first in range(0, count, 16)
+        if count > 1
+    ]
+    lengths, most = [a + b for a, b in zip(counts, stored, strict=True)], len(wanted) + 3
+    given = (torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in (starts, lengths))
+    tiles = torch.full((most + 1, 4), -1, dtype=torch.int32, device=DEVICE)
+    list_longest_first[(len(counts),)](*given, tiles, len(counts), most, QUERIES=16, ROWS=4, CHUNK=2)
+    assert tiles[: len(wanted)].tolist() == [tile for _, _, tile in sorted(wanted)]
+    assert tiles[most, 0] == len(wanted) and (tiles[len(wanted) : most] == -1).all()
 
 
 def test_sequences_go_on_after_waiting_on_the_host() -> None:

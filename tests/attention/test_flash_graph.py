@@ -1,8 +1,9 @@
-"""A decode step of the Triton backend captured once in a CUDA graph and replayed for lengths it was not captured at."""
+"""Steps of the Triton backend captured once in a CUDA graph and replayed for lengths that they were not captured at."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -75,3 +76,53 @@ def test_a_captured_step_serves_other_lengths_and_tables(num_repeated: int) -> N
             assert torch.equal(pool[0, -1], key[row].cpu()) and torch.equal(pool[1, -1], value[row].cpu())
             wanted = dense(SPEC, query[row : row + 1].cpu(), pool[0], pool[1])
             assert (out[row].cpu() - wanted).abs().max() <= 4e-2
+
+
+MIXES = [
+    [(300, 0), (0, 0), (1, 500), (64, 77)],
+    [(1, 9), (128, 384), (2, 0), (381, 63)],
+    [(0, 0), (512, 100), (0, 0), (0, 0)],
+]
+"""New tokens and stored keys of every row."""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_captured_step_with_prompts_serves_other_rows(block: int) -> None:
+    """It is captured for rows without tokens; blocks of 64 have a kernel of their own on Hopper."""
+    from llmkit_attention.flash.backend import FlashAttention
+
+    device, pages, num_tokens = torch.device("cuda"), BOUND // block, 512
+    requirements = AttentionRequirements("cuda", "bfloat16", block, (SPEC,))
+    backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, device)
+    backend.allocate(ROWS * pages)
+    torch.manual_seed(0)
+    table = torch.randperm(ROWS * pages, device=device, dtype=torch.int32).view(ROWS, pages)
+    query, key, value = torch.randn(num_tokens, 12, 128, device=device, dtype=torch.bfloat16).split([8, 2, 2], dim=1)
+    starts = torch.zeros(ROWS + 1, dtype=torch.int32, device=device)
+    lengths, slots = torch.zeros_like(starts[1:]), torch.full((num_tokens,), -1, device=device)
+    counts, bounds = (num_tokens,) * ROWS, (BOUND,) * ROWS
+    static = AttentionBatch(
+        starts, lengths, torch.zeros_like(slots), table, slots, num_tokens, BOUND, counts, bounds, lens_are_bounds=True
+    )
+    backend.plan(static)
+    backend.forward(0, query, key, value)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.plan(static)
+        out = backend.forward(0, query, key, value)
+    for rows in MIXES:
+        backend._pools[0].normal_()
+        begins = [0, *accumulate(count for count, _ in rows)]
+        starts.copy_(torch.tensor(begins))
+        lengths.copy_(torch.tensor([count and count + stored for count, stored in rows]))
+        slots.fill_(-1)
+        for row, ((count, stored), begin) in enumerate(zip(rows, begins[:-1], strict=True)):
+            places = torch.arange(stored, stored + count, device=device)
+            slots[begin : begin + count] = table[row, places // block].long() * block + places % block
+        graph.replay()
+        for row, ((count, stored), begin) in enumerate(zip(rows, begins[:-1], strict=True)):
+            pool = backend._pools[0][:, table[row].long()].transpose(2, 3).reshape(2, -1, 2, 128)
+            wanted = dense(SPEC, query[begin : begin + count].cpu(), *pool[:, : stored + count].cpu())
+            assert (out[begin : begin + count].cpu() - wanted).abs().lt(4e-2).all(), (rows, row)

@@ -44,6 +44,13 @@ ATTENTION_BUGS = {
         ATTENTION,
         "long_rows and None",
     ),
+    "tiles that see equally many keys are listed in one place": (
+        f"{FLASH}/prefill_list.py",
+        " - (other < row).to(tl.int32)[None, :]",
+        "",
+        ATTENTION,
+        "most_keys_first",
+    ),
     "softcap is forgotten": (
         f"{FLASH}/tiles.py",
         "if SOFTCAP:",

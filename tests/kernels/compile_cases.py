@@ -29,8 +29,9 @@ CPU = torch.device("cpu")
 MAX_REGISTERS = 255
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 MAX_SHARED = 227 * 1024
-TOLERATED = 8
-"""Bytes: the compiler that comes with Triton 3.7 spills one number of `attend_one` for groups of four; 3.6 none."""
+TOLERATED = {"attend_one": 8, "attend_many_hopper": 8}
+"""Bytes: the compiler that comes with Triton 3.7 spills one number of `attend_one` for groups of four, and one of
+`attend_many_hopper` outside its inner loops; 3.6 none."""
 BLOCK, NUM_BLOCKS = 64, 32
 
 
@@ -86,7 +87,8 @@ def attention(shape: Shape, **settings: str) -> None:
     backend.allocate(NUM_BLOCKS)
     steps = [batch(*[1] * rows, length=length) for rows in (1, 64, 256) for length in (512, 8192)]
     steps += [batch(*[1] * rows, length=4096, repeated=rows * 2048) for rows in (64, 1000)]
-    for step in [*steps, batch(512, 512, length=512), batch(300, 1, length=8192)]:
+    steps += [batch(512, 512, length=512), batch(300, 1, length=8192), batch(*[3] * 1000, length=512)]
+    for step in steps:
         backend.plan(step)
         for index, spec in enumerate(shape.layers):
             heads = spec.num_heads + 2 * spec.num_kv_heads
@@ -197,7 +199,7 @@ LAUNCHES: dict[str, Callable[[Shape], None]] = {
 def check(used: Resources) -> None:
     assert used.num_registers <= MAX_REGISTERS, used
     assert used.num_registers * used.num_warps * 32 <= REGISTERS_OF_A_MULTIPROCESSOR, used
-    assert used.num_spilled <= (TOLERATED if used.kernel == "attend_one" else 0), used
+    assert used.num_spilled <= TOLERATED.get(used.kernel, 0), used
     assert used.num_shared <= MAX_SHARED, used
 
 

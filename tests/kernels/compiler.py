@@ -95,10 +95,10 @@ def resources(name: str, kernel: Any, folder: Path) -> Resources:
 
 def kernels_of_the_project() -> set[str]:
     """Names of all Triton functions in the product that no other one names."""
-    defined: dict[str, ast.FunctionDef] = {}
+    defined: list[ast.FunctionDef] = []
     for path in [*ROOT.glob("llmkit/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and any(JIT.match(ast.unparse(d)) for d in node.decorator_list):
-                defined[node.name] = node
-    named = {node.id for function in defined.values() for node in ast.walk(function) if isinstance(node, ast.Name)}
-    return defined.keys() - named
+                defined.append(node)
+    named = {node.id for function in defined for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return {function.name for function in defined} - named

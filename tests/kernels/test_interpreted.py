@@ -18,6 +18,7 @@ CASES = [
 SAMPLE = " or ".join(
     [
         "(head_dimensions and 128 and not fp8 and not shared)",
+        "most_keys_first",
         "(flash_fp8_cases and cannot_hold)",
         "(flash_shared_cases and (parts or copies_of_the_first))",
         "(layer_kernel_cases and not 4168)",

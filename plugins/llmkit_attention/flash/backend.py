@@ -1,7 +1,8 @@
 """Paged attention in Triton, for CUDA: a step's single-token rows by one kernel, longer rows by another.
 
 Keys and values lie in two pools [num_blocks, num_kv_heads, block_size, head_dim] a layer, so what one KV head reads of
-a block is one contiguous tile. The kernels load no slot behind a row's keys, so nothing is ever cleared.
+a block is one contiguous tile. The kernels load no slot behind a row's keys, or zero their own copy of it, so nothing
+in a pool is ever cleared.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
     from llmkit_attention.flash.sharing import Prefixes
 
 QUERIES = 64
-"""New tokens one prefill program takes."""
+"""New tokens that a prefill program takes at a time: as a warpgroup multiplies."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """`tiles` int32 [T, 2], (row, first new token) of every prefill program or (-1, ...), None for none.
+    """`tiles` of rows with several new tokens, as `Launch.list_queries` gives them for pools that are served in pairs
+    and for others; empty if there are no such rows.
 
     `singles` list the keys of single-token rows by kinds of layers; empty if there are no such rows. `shared` says what
     these rows share, of layers where reading that once pays.
     """
 
     batch: AttentionBatch
-    tiles: torch.Tensor | None
+    tiles: dict[bool, torch.Tensor]
     singles: dict[Launch, TileList]
     shared: dict[Launch, Prefixes]
 
@@ -83,6 +85,7 @@ class FlashAttention(AttentionBackend):
         launches = {spec: Launch(spec, block_size, workspace) for spec in dict.fromkeys(layers)}
         self._launches = [launches[spec] for spec in layers]
         self._seen = [launch.pool(pool) for launch, pool in zip(self._launches, self._pools, strict=True)]
+        self._listings = {pool.in_pairs: launch for launch, pool in zip(self._launches, self._seen, strict=True)}
         self._tilings = list({launch.tiling: launch for launch in self._launches}.values())
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
@@ -107,7 +110,9 @@ class FlashAttention(AttentionBackend):
     def plan(self, batch: AttentionBatch) -> None:
         has_singles = batch.lens_are_bounds or 1 in batch.query_lens
         singles, shared = self._plan_singles(batch) if has_singles else ({}, {})
-        tiles = self._launches[0].list_queries(batch, QUERIES) if batch.max_query_len > 1 else None
+        tiles = {}
+        if batch.max_query_len > 1:
+            tiles = {kind: launch.list_queries(batch, QUERIES, kind) for kind, launch in self._listings.items()}
         self._step = _Step(batch, tiles, singles, shared)
 
     def _plan_singles(self, batch: AttentionBatch) -> tuple[dict[Launch, TileList], dict[Launch, Prefixes]]:
@@ -134,8 +139,8 @@ class FlashAttention(AttentionBackend):
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         pool, launch, step = self._seen[layer], self._launches[layer], self._step
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if step.tiles is not None:
-            launch.prefill(query, pool, out, step.tiles, QUERIES, step.batch)
+        if step.tiles:
+            launch.prefill(query, pool, out, step.tiles[pool.in_pairs], QUERIES, step.batch)
         if step.singles:
             shared = step.shared.get(launch)
             own = shared.own if shared is not None else None

@@ -13,6 +13,7 @@ from llmkit.cuda import is_hopper, overlap
 from llmkit.interfaces.attention import AttentionBatch, KeyValueSlots, LayerSpec
 from llmkit_attention.flash.decode import attend_one, list_tiles
 from llmkit_attention.flash.prefill import attend_many, list_queries
+from llmkit_attention.flash.prefill_list import list_longest_first
 from llmkit_attention.flash.store import write_kv
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -27,10 +28,15 @@ FEW_ROWS, FEW_STAGES = 16, 4
 LEAST_TILES = 2
 """A share is not smaller: parts of a row must be combined again."""
 QUERY_WARPS, QUERY_STAGES = 4, 3
+PAIR_STAGES, PAIR_HELD, PAIR_REGISTERS = 2, 2, 240
+"""The prefill kernel on Hopper: tiles of keys and of values, and pairs of query tiles, that have room, and the
+registers of a thread that multiplies."""
 MAX_TOKENS = 1 << 17
 """A tile's code has so many places for tokens."""
 CHUNK = 128
 """Tiles that a program lists at a time."""
+SORTED_CHUNK, SORTED_ROWS = 32, 128
+"""Tiles that a program lists longest first at a time, and rows that it compares them with at a time."""
 
 
 def power_of_two(number: int) -> int:
@@ -60,6 +66,8 @@ class Pool:
     value_tiles: TensorDescriptor | torch.Tensor
     boxes: tuple[Any, ...] | None
     """Descriptors as `decode_hopper` takes them: tiles of keys and of values, parts of keys and of values."""
+    in_pairs: bool
+    """Whether prompts are served two query heads at a time, by `prefill_hopper`."""
 
 
 class Workspace:
@@ -103,7 +111,8 @@ class Launch:
         """`pool` [2, num_blocks, num_kv_heads, block_size, head_dim] in the form that the other methods take."""
         keys, values = pool
         boxes = self._boxes(keys, values) if self.hopper and pool.dtype in (torch.bfloat16, torch.float16) else None
-        return Pool(keys, values, self._tiles(keys), self._tiles(values), boxes)
+        in_pairs = boxes is not None and self.group % 2 == 0
+        return Pool(keys, values, self._tiles(keys), self._tiles(values), boxes, in_pairs)
 
     def _tiles(self, part: torch.Tensor) -> TensorDescriptor | torch.Tensor:
         if not self.bulk:
@@ -200,16 +209,24 @@ class Launch:
             **self.overlap, num_warps=4, maxnreg=HOPPER_REGISTERS,
         )  # fmt: skip
 
-    def list_queries(self, batch: AttentionBatch, queries: int) -> torch.Tensor:
-        """Tiles of up to `queries` new tokens of rows that have several, int32 [T, 2], listed on the device."""
+    def list_queries(self, batch: AttentionBatch, queries: int, in_pairs: bool) -> torch.Tensor:
+        """Tiles of up to `queries` new tokens of rows that have several, listed on the device: int32 [T, 2] of
+        `prefill.list_queries`, or, for a pool that is served `in_pairs`, [T + 1, 4] of `prefill_list`."""
         rows = len(batch.seq_lens)
         most = -(-len(batch.positions) // queries) + rows
         if not batch.lens_are_bounds:
             most = sum(-(-length // queries) for length in batch.query_lens if length > 1)
-        tiles = torch.empty(most, 2, dtype=torch.int32, device=batch.seq_lens.device)
-        list_queries[(rows,)](
-            batch.query_start_loc, tiles, rows, most, QUERIES=queries, ROWS_PAD=power_of_two(rows), CHUNK=CHUNK
-        )
+        size = (most + 1, 4) if in_pairs else (most, 2)
+        tiles = torch.empty(size, dtype=torch.int32, device=batch.seq_lens.device)
+        if in_pairs:
+            list_longest_first[(rows,)](
+                batch.query_start_loc, batch.seq_lens, tiles, rows, most,
+                QUERIES=queries, ROWS=min(SORTED_ROWS, power_of_two(rows)), CHUNK=SORTED_CHUNK,
+            )  # fmt: skip
+        else:
+            list_queries[(rows,)](
+                batch.query_start_loc, tiles, rows, most, QUERIES=queries, ROWS_PAD=power_of_two(rows), CHUNK=CHUNK
+            )
         return tiles
 
     def prefill(
@@ -221,14 +238,39 @@ class Launch:
         queries: int,
         batch: AttentionBatch,
     ) -> None:
-        """Fill `out` [N, num_heads, head_dim] for the `tiles` of `list_queries`."""
+        """Fill `out` [N, num_heads, head_dim] for the `tiles` of `list_queries`; other rows are left alone."""
         spec = self.spec
+        if pool.in_pairs and pool.boxes is not None:
+            self._prefill_hopper(query, pool.boxes, out, tiles, batch)
+            return
         attend_many[(spec.num_heads, len(tiles))](
             query, pool.keys, pool.values, pool.key_tiles, pool.value_tiles, out, tiles, *self.rows(batch),
             *query.stride(), *self._logits(),
             HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, TILE=self.tile,
             QUERIES=queries, DIM_PAD=self.dim_pad, WINDOW=spec.window is not None, SOFTCAP=spec.softcap is not None,
             BULK=self.bulk, num_warps=QUERY_WARPS, num_stages=QUERY_STAGES,
+        )  # fmt: skip
+
+    def _prefill_hopper(
+        self, query: torch.Tensor, boxes: tuple[Any, ...], out: torch.Tensor, tiles: torch.Tensor, batch: AttentionBatch
+    ) -> None:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from llmkit_attention.flash.prefill_hopper import attend_many_hopper
+        from llmkit_attention.flash.softmax_hopper import QUERIES
+
+        spec, programs = self.spec, self.workspace.programs // PROGRAMS_PER_PROCESSOR
+        # Bulk copies take tokens as rows of all heads, which begin at multiples of 16 bytes.
+        if query.stride()[1:] != (spec.head_dim, 1) or query.stride(0) % 8 or query.data_ptr() % 16:
+            query = query.clone(memory_format=torch.contiguous_format)
+        size, strides = [len(query), spec.num_heads * spec.head_dim], [query.stride(0), 1]
+        queries = TensorDescriptor(query, size, strides, [QUERIES.value, spec.head_dim], boxes[0].layout)
+        attend_many_hopper[(programs,)](
+            queries, *boxes[:2], out, tiles, len(tiles) - 1, batch.block_table, batch.block_table.stride(0),
+            *self._logits(),
+            HEADS=spec.num_kv_heads, GROUP=self.group, DIM=spec.head_dim, PAGE=self.block_size, PROGRAMS=programs,
+            STAGES=PAIR_STAGES, HELD=PAIR_HELD, REGISTERS=PAIR_REGISTERS, WINDOW=spec.window is not None,
+            SOFTCAP=spec.softcap is not None, num_warps=4,
         )  # fmt: skip
 
     def rows(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
