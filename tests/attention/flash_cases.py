@@ -33,8 +33,10 @@ STEPS: list[Rows] = [
     [("b", 1), ("c", 1), ("a", 1)],
 ]
 """Prompts longer than a tile, beside decodes; chunks behind a cached prefix; decodes only."""
-UNLIKE = (700, 1, 64, 2, 65, 300, 128, 640, 127, 63, 513, 129, 257, 1, 400, 200)
-"""New tokens of rows with more tiles, for pairs of heads, than an H200 has multiprocessors."""
+UNLIKE = (129, 1, 64, 2, 65)
+if not INTERPRETED:
+    UNLIKE += (300, 128, 640, 127, 63, 513, 700, 257, 1, 400, 200)
+"""New tokens of rows; on a GPU of more tiles, for pairs of heads, than an H200 has multiprocessors."""
 FORKED: list[Rows] = [
     [("x", 1), ("b", 1), ("y", 1)],
     [("y", 6), ("b", 1), ("x", 1), ("a", 1)],
@@ -131,23 +133,22 @@ def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> N
     run(made, [[("long", 1100), ("short", 3)], [("long", 1), ("short", 1)], [("short", 1), ("new", 1), ("long", 1)]])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes minutes there, and is for programs that serve several tiles each")
 @pytest.mark.parametrize(
     ("options", "block_size", "dtype"),
     [
-        ({"ratio": 8, "head_dim": 128}, 64, torch.bfloat16),
+        ({"ratio": 8, "head_dim": 128}, 64, DTYPE),
         ({"ratio": 8, "head_dim": 64}, 128, torch.float16),
-        ({"ratio": 8, "head_dim": 128, "window": 100}, 128, torch.bfloat16),
-        ({"ratio": 6, "head_dim": 64, "window": 64}, 64, torch.bfloat16),
-        ({"ratio": 8, "head_dim": 64, "window": 200, "softcap": 2.0}, 64, torch.bfloat16),
+        ({"ratio": 8, "head_dim": 128, "window": 100}, 128, DTYPE),
+        ({"ratio": 6, "head_dim": 64, "window": 64}, 64, DTYPE),
+        ({"ratio": 8, "head_dim": 64, "window": 200, "softcap": 2.0}, 64, DTYPE),
         ({"ratio": 8, "head_dim": 128, "softcap": 20.0}, 64, torch.float16),
-        ({"ratio": 1, "head_dim": 128}, 64, torch.bfloat16),
+        ({"ratio": 1, "head_dim": 128}, 64, DTYPE),
     ],
 )
 def test_many_prompts_of_unlike_lengths(options: dict[str, Any], block_size: int, dtype: torch.dtype) -> None:
     """Chunks of them too, behind stored keys of any number."""
     made = sequences([layer(**options)], block_size, 10240 // block_size, dtype)
-    run(made, [list(zip("abcdefghijklmnop", lengths, strict=True)) for lengths in (UNLIKE, UNLIKE[::-1])])
+    run(made, [list(zip("abcdefghijklmnop", lengths, strict=False)) for lengths in (UNLIKE, UNLIKE[::-1])])
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
