@@ -36,7 +36,7 @@ HEAD, REST = "head and choice of tokens", "the rest"
 KINDS = {
     HEAD: ("weigh_blocks", "choose", "choose_filtered"),
     ATTENTION: (
-        *("list_tiles", "attend_one", "list_queries", "attend_many", "attend_shared"),
+        *("list_tiles", "attend_one", "list_queries", "list_longest_first", "attend_many", "attend_shared"),
         *("choose_pages", "find_prefixes", "list_packs", "flash", "fmha", "BatchDecode", "PagedKV"),
     ),
     PRODUCTS: (

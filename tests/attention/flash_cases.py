@@ -147,7 +147,8 @@ def test_long_rows_are_split_and_short_ones_beside_them(window: int | None) -> N
 )
 def test_many_prompts_of_unlike_lengths(options: dict[str, Any], block_size: int, dtype: torch.dtype) -> None:
     """Chunks of them too, behind stored keys of any number."""
-    made = sequences([layer(**options)], block_size, 10240 // block_size, dtype)
+    num_blocks = 2 * sum(UNLIKE) // block_size + len(UNLIKE) + 1
+    made = sequences([layer(**options)], block_size, num_blocks, dtype)
     run(made, [list(zip("abcdefghijklmnop", lengths, strict=False)) for lengths in (UNLIKE, UNLIKE[::-1])])
 
 
