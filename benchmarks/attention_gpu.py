@@ -16,9 +16,9 @@ import triton
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.backend import FlashAttention
 
-DEVICE, BLOCK, DIM = torch.device("cuda"), 16, 128
+DEVICE, BLOCK, DIM = torch.device("cuda"), FlashAttention.preferred_block_size, 128
 HEADS = [(16, 8), (32, 8)]
-DECODES = [(rows, context) for rows in (1, 64, 256) for context in (512, 2048, 8192)]
+DECODES = [(rows, context) for rows in (1, 8, 64, 256) for context in (512, 2048, 8192, 32768)]
 PREFILLS = [
     (16, 8, 32, 512, 0),
     (32, 8, 16, 1024, 0),
