@@ -85,7 +85,7 @@ def kernels_of(trace: dict[str, Any]) -> Kernels:
 def profiled(run: Callable[[], object]) -> Kernels:
     """Kernels of one `run`, behind one that does not count."""
     for _ in range(2):
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             run()
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:

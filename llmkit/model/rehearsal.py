@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,7 +62,8 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
             return
         finally:
             JITFunction.run = run
-        list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
+        with _launchers_apart():
+            list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
 
 
 def _load(kernel: Any) -> None:
@@ -68,6 +71,28 @@ def _load(kernel: Any) -> None:
     kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
     if kernel is not None:
         _ = kernel.run  # makes the launcher, which the compiler does not
+
+
+@contextmanager
+def _launchers_apart() -> Iterator[None]:
+    """Triton imports every launcher under one name. One that was imported before, for a kernel with the same arguments,
+    comes back as the module of that name, filled anew: a thread would find in it what another has asked for meanwhile.
+    So they are imported one at a time, and each thread gets a copy.
+    """
+    from triton.runtime import build
+
+    load: Any = build._load_module_from_path
+    lock = Lock()
+
+    def load_alone(name: str, path: str) -> Any:
+        with lock:
+            return SimpleNamespace(**vars(load(name, path)))
+
+    build._load_module_from_path = load_alone
+    try:
+        yield
+    finally:
+        build._load_module_from_path = load
 
 
 @contextmanager

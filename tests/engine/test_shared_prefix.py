@@ -23,7 +23,7 @@ PREFIX = [2 + 31 * i % 500 for i in range(512)]
 PROMPTS = [PREFIX + [2 + (7 * row + i) % 500 for i in range(1 + 9 * row % 80)] for row in range(21)]
 PROMPTS += [[2 + (11 * row + 3 * i) % 500 for i in range(30 + 20 * row)] for row in range(3)]
 PARAMS = [SamplingParams(max_tokens=12 + row % 7, temperature=0, ignore_eos=True, logprobs=2) for row in range(24)]
-GAP = 0.15
+GAP = 0.25
 """Nats between the two likeliest tokens below which bfloat16 may choose either; its logits are multiples of 0.06."""
 
 
