@@ -1,7 +1,7 @@
 """Throughput of the named GPU workloads: every run through `LLM.generate`, medians, one table.
 
 python benchmarks/gpu.py --model qwen3_0_6b nano256 single batch64
-python benchmarks/gpu.py --model llama_8b single batch64 prefill --runs 3 --out benchmarks/results/h200/llama_8b.md
+python benchmarks/gpu.py --model llama_8b --max-num-seqs 512 single mixed512:1 --out llama_8b.md
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def measure(llm: LLM, workload: str, runs: int) -> str:
     spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
     _, num_in, num_out = results[0]
     rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
-    row = f"| {workload} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
+    row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
     print(row, flush=True)
     return row
 
@@ -67,12 +67,19 @@ def network_of(llm: LLM) -> str:
     return f"{type(executor.network).__name__}, {'graphs' if executor.graphs else 'no graphs'}"
 
 
+def asked(text: str) -> tuple[str, int]:
+    """A workload and how often it is timed."""
+    workload, _, runs = text.partition(":")
+    if workload not in WORKLOADS:
+        raise argparse.ArgumentTypeError(f"{workload!r} is none of {', '.join(sorted(WORKLOADS))}")
+    return workload, int(runs or 3)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("workloads", nargs="+", choices=sorted(WORKLOADS))
+    add("workloads", nargs="+", type=asked, metavar="workload[:runs]", help=", ".join(sorted(WORKLOADS)))
     add("--model", default="qwen3_0_6b")
-    add("--runs", type=int, default=3)
     add("--max-num-seqs", type=int, default=256)
     add("--max-num-batched-tokens", type=int, default=16384)
     add("--max-model-len", type=int, default=8704)
@@ -96,12 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
         f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
         f"max_model_len {options.max_model_len}, {network_of(llm)};",
-        f"median of {options.runs} after one warm-up; built in {loaded:.1f} s.",
+        f"medians of so many runs after one warm-up; built in {loaded:.1f} s.",
         "",
-        "| workload | tokens in / out | seconds | output tok/s | input tok/s | spread | host us/step | device idle |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| workload | runs | tokens in / out | seconds | output tok/s | input tok/s | spread "
+        "| host us/step | device idle |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [measure(llm, workload, options.runs) for workload in options.workloads]
+    lines += [measure(llm, workload, runs) for workload, runs in options.workloads]
     print("\n".join(lines))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
