@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections import defaultdict
@@ -94,17 +93,16 @@ def profiled(run: Callable[[], object]) -> Kernels:
         return kernels_of(json.loads(path.read_text(encoding="utf-8")))
 
 
-def median_us(run: Callable[[], object], repeats: int) -> float:
-    """Median time of `run` between CUDA events, behind two runs that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def mean_us(run: Callable[[], object], repeats: int) -> float:
+    """Time of one of `repeats` runs that the host queues one behind the other, as it does one step ahead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    for _ in range(repeats):
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:])
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / repeats
 
 
 def decode_plan(llm: LLM, rows: int, context: int) -> StepPlan:
@@ -129,14 +127,15 @@ def decode_plan(llm: LLM, rows: int, context: int) -> StepPlan:
 
 
 def measure(llm: LLM, rows: int, context: int, repeats: int) -> tuple[Kernels, float]:
-    """Kernels of one replay of such a step, and the median time of a replay in microseconds."""
+    """Kernels of one replay of such a step, and the time of a replay in microseconds, taken before it is profiled."""
     plan, executor = decode_plan(llm, rows, context), llm.engine.executor
     graphs: Any = getattr(executor, "graphs", None)
     if graphs is None or not graphs.takes(plan):
         raise SystemExit("this model's steps are not captured, so there is nothing to replay (see the log)")
     executor.launch(plan).wait()  # captures
     with torch.inference_mode():
-        return profiled(lambda: graphs.run(plan)), median_us(lambda: graphs.run(plan), repeats)
+        took = mean_us(lambda: graphs.run(plan), repeats)
+        return profiled(lambda: graphs.run(plan)), took
 
 
 def table(shapes: Sequence[tuple[int, int]], results: Sequence[tuple[Kernels, float]]) -> list[str]:
@@ -186,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [
         f"# A decode step of {options.model}\n",
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}; attention={options.attention}; random weights in",
-        f"{llm.model.dtype}, greedy. Kinds: one profiled replay; replay: median of {options.repeats}.",
+        f"{llm.model.dtype}, greedy. Kinds: one profiled replay; replay: mean of {options.repeats}.",
         f"Command: `{command}`\n",
         *table(options.shapes, results),
     ]

@@ -16,7 +16,7 @@ def test_a_row_has_throughput_host_time_and_idle_share(make_llm: Any, monkeypatc
     monkeypatch.setitem(gpu.WORKLOADS, "tiny", lambda seed: requests)
     llm = make_llm(tiny())
     cells = [cell.strip() for cell in gpu.measure(llm, "tiny", 2).strip("|").split("|")]
-    assert cells[:2] == ["tiny", "5 / 10"] and len(cells) == 8
-    assert all(float(cell.replace(",", "")) > 0 for cell in (*cells[3:5], cells[6]))
-    assert cells[7] == "-", "a CPU has no queue to be idle"
+    assert cells[:3] == ["tiny", "2", "5 / 10"] and len(cells) == 9
+    assert all(float(cell.replace(",", "")) > 0 for cell in (*cells[4:6], cells[7]))
+    assert cells[8] == "-", "a CPU has no queue to be idle"
     assert not [plugin for plugin in llm.plugin_manager.get_plugins() if "Recorder" in type(plugin).__name__]
