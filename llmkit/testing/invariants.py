@@ -16,12 +16,12 @@ class Books:
 
     A planner moves no request and an allocator no block without a queue, a count of blocks or the number of slots
     showing it; `check_planner` looks at everything whenever one of them differs, and now and then all the same. What
-    an allocator keeps for itself, cached blocks and free ones, is looked at when its census has changed.
+    an allocator keeps for itself, cached blocks and free ones, is looked at when its census or its counts have changed.
     """
 
     def __init__(self) -> None:
         self._moved: tuple[object, ...] = ()
-        self._census: dict[int, tuple[str, ...]] | None = None
+        self._counted: dict[CacheAllocator, tuple[object, ...]] = {}
 
     def has_moved(self, planner: Planner) -> bool:
         """Whether anything differs from the last call."""
@@ -35,11 +35,13 @@ class Books:
         return not is_same
 
     def census(self, allocator: CacheAllocator, settles: bool) -> dict[int, tuple[str, ...]]:
-        """The census; AssertionError if the allocator's own books are wrong."""
+        """The census of one group; AssertionError if the allocator's own books are wrong."""
         census = allocator.census()
-        if settles and census != self._census:
-            allocator.check()
-            self._census = census
+        if settles:
+            counted = census, allocator.stats()
+            if counted != self._counted.get(allocator):
+                allocator.check()
+                self._counted[allocator] = {**census}, counted[1]
         return census
 
 
@@ -71,20 +73,19 @@ def check_planner(
         if planner.host is not None:
             planner.host.check(waiting)
         _check_counts(planner, running, in_flight)
-        for group in planner._residency.groups[1:]:
-            group.check()
-    _check_residency(planner._residency, running, books.census(planner.allocator, settles))
+    _check_residency(planner._residency, running, books, settles)
 
 
 def _check_counts(planner: Planner, running: list[Request], in_flight: Sequence[StepPlan]) -> None:
     rows: dict[tuple[str, int], tuple[int, int]] = {}
+    groups = planner._residency.groups
     for plan in in_flight:
         for request_id, _, _, num_tokens, samples, epoch in plan.scheduled:
             counts = rows.get((request_id, epoch), (0, 0))
             rows[request_id, epoch] = counts[0] + num_tokens, counts[1] + samples
     num_blocks = written = 0
     for request in running:
-        _check_running(request, planner, rows.get((request.request_id, request.epoch), (0, 0)))
+        _check_running(request, groups, rows.get((request.request_id, request.epoch), (0, 0)))
         num_blocks += request.num_blocks
         written += request.num_computed_tokens + request.num_in_flight_tokens
     unwritten = num_blocks * planner.allocator.spec.block_size - written
@@ -113,20 +114,19 @@ def _check_waiting(request: Request) -> None:
     assert not num_tokens, f"{name} waits, but {num_tokens} tokens count as computed, in flight or pending"
 
 
-def _check_running(request: Request, planner: Planner, in_flight: tuple[int, int]) -> None:
-    name, block_size = request.request_id, planner.allocator.spec.block_size
+def _check_running(request: Request, groups: Sequence[CacheAllocator], in_flight: tuple[int, int]) -> None:
+    name, block_size, num_blocks = request.request_id, groups[0].spec.block_size, request.num_blocks
     assert request.status is RequestStatus.RUNNING, f"{name} runs as {request.status}"
-    table = planner.allocator.block_table(request)
-    num_released = planner.allocator.num_released_blocks(request)
+    num_released = groups[0].num_released_blocks(request)
     assert request.num_released_blocks == num_released, f"{name} counts {request.num_released_blocks} released blocks"
-    for group in planner._residency.groups:
+    for group in groups:
         _check_released(request, group)
-        num_held, num_blocks = len(group.block_table(request)), request.num_blocks
+        num_held = len(group.block_table(request))
         assert num_held == num_blocks, f"{name} counts {num_blocks} blocks, its table has {num_held}"
     counted = request.num_in_flight_tokens, request.num_pending_samples
     assert counted == in_flight, f"{name} counts {counted} tokens and samples in flight, there are {in_flight}"
     scheduled = request.num_computed_tokens + request.num_in_flight_tokens
-    assert scheduled <= len(table) * block_size, f"{name}: {scheduled} tokens in {len(table)} blocks of {block_size}"
+    assert scheduled <= num_blocks * block_size, f"{name}: {scheduled} tokens in {num_blocks} blocks of {block_size}"
     known = request.num_tokens + request.num_pending_samples
     assert 0 < scheduled <= known, f"{name}: {scheduled} tokens scheduled of {known}"
     assert request.num_tokens < request.max_num_tokens, f"{name} runs on at its full length {request.max_num_tokens}"
@@ -137,42 +137,33 @@ def _check_released(request: Request, allocator: CacheAllocator) -> None:
     spec, name, computed = allocator.spec, request.request_id, request.num_computed_tokens
     num_released, num_hidden = allocator.num_released_blocks(request), spec.num_hidden_blocks(computed)
     assert num_released <= num_hidden, f"{name} released {num_released} blocks at {computed}, {num_hidden} are hidden"
-    if allocator.max_num_tokens is None:
+    if num_hidden and allocator.max_num_tokens is None:
         assert num_released == num_hidden, f"{name} released {num_released} of {num_hidden} blocks behind its window"
 
 
-def _check_residency(residency: Residency, running: list[Request], census: dict[int, tuple[str, ...]]) -> None:
+def _check_residency(residency: Residency, running: list[Request], books: Books, settles: bool) -> None:
     """Every slot is one request's or free; the census counts every block exactly as often as tables name it."""
-    allocator, num_awaited = residency.allocator, 0
-    slots = [*residency._free_slots, *[request.slot for request in running]]
-    tables = {request.request_id: held_blocks(allocator, request) for request in running}
-    for _, request, slot in residency._pinned:
-        slots.append(slot)
-        table = tables[request.request_id] = held_blocks(allocator, request)
-        num_awaited += len(table)
+    slots = [*residency._free_slots, *[request.slot for request in running], *[slot for *_, slot in residency._pinned]]
     is_right = len(set(slots)) == len(slots) == max(slots) + 1 and min(slots) == 0
     assert is_right, f"slots {sorted(slots)}"
+    awaited = [request for _, request, _ in residency._pinned]
+    num_awaited = sum([len(held_blocks(residency.allocator, request)) for request in awaited])
     assert residency.num_reclaiming_blocks == num_awaited, f"{residency.num_reclaiming_blocks} != {num_awaited}"
-    _check_tables(allocator, running, tables, census)
-    for group in residency.groups[1:]:
-        holders = [*running, *[request for _, request, _ in residency._pinned]]
-        theirs = {request.request_id: held_blocks(group, request) for request in holders}
-        _check_tables(group, running, theirs, group.census())
+    for group in residency.groups:
+        _check_tables(group, running, awaited, books.census(group, settles))
 
 
 def _check_tables(
-    allocator: CacheAllocator,
-    running: list[Request],
-    tables: dict[str, Sequence[int]],
-    census: dict[int, tuple[str, ...]],
+    allocator: CacheAllocator, running: list[Request], awaited: list[Request], census: dict[int, tuple[str, ...]]
 ) -> None:
     named: dict[int, tuple[str, ...]] = {}
     num_named = 0
-    for request_id, table in tables.items():
-        named.update(dict.fromkeys(table, (request_id,)))
+    for request in [*running, *awaited] if awaited else running:
+        table = held_blocks(allocator, request)
+        named.update(dict.fromkeys(table, (request.request_id,)))
         num_named += len(table)
     if named != census or num_named != len(census):
-        _check_sharing(allocator, running, tables, census)
+        _check_sharing(allocator, running, awaited, census)
 
 
 def held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
@@ -182,20 +173,18 @@ def held_blocks(allocator: CacheAllocator, request: Request) -> Sequence[int]:
 
 
 def _check_sharing(
-    allocator: CacheAllocator,
-    running: list[Request],
-    tables: dict[str, Sequence[int]],
-    census: dict[int, tuple[str, ...]],
+    allocator: CacheAllocator, running: list[Request], awaited: list[Request], census: dict[int, tuple[str, ...]]
 ) -> None:
     """The same where blocks have several owners; no table names one twice.
 
     One that several name is full: nobody writes there any more.
     """
     owners: dict[int, list[str]] = {}
-    for request_id, table in tables.items():
-        assert len(set(table)) == len(table), f"{request_id} names a block twice: {list(table)}"
+    for request in [*running, *awaited]:
+        table = held_blocks(allocator, request)
+        assert len(set(table)) == len(table), f"{request.request_id} names a block twice: {list(table)}"
         for block in table:
-            owners.setdefault(block, []).append(request_id)
+            owners.setdefault(block, []).append(request.request_id)
     counted = {block: sorted(ids) for block, ids in census.items()}
     named = {block: sorted(ids) for block, ids in owners.items()}
     assert counted == named, f"the census counts {counted}, what runs or is awaited names {named}"
@@ -216,12 +205,12 @@ def check_contents(planner: Planner, executors: Sequence[OracleExecutor]) -> Non
 
 
 def _check_group(planner: Planner, allocator: CacheAllocator, executor: OracleExecutor) -> None:
+    block_size = allocator.spec.block_size
     for view in planner._running:
         request = view._request
         end, tags = request.num_computed_tokens, executor.slots[request.slot].tags
-        num_released, table = allocator.num_released_blocks(request), allocator.block_table(request)
-        first = num_released * allocator.spec.block_size
-        found = executor.entries(table[num_released:] if num_released else table, end - first)
+        first = allocator.num_released_blocks(request) * block_size
+        found = executor.entries(held_blocks(allocator, request), end - first)
         if found != tags[first:end]:
             wrong = [at for at, tag in enumerate(found, first) if tag != tags[at]]
             raise AssertionError(f"{request.request_id}: the tags at {wrong or len(found)} are not those of its tokens")

@@ -7,7 +7,7 @@ hashes are harmless.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmkit import CacheSpec, EvictionPolicy, Request
@@ -90,21 +90,21 @@ class HashIndex(PrefixIndex[HashedBlock]):
     def _is_last(self, cached: HashedBlock) -> bool:
         return not cached.num_children
 
-    def _parents(self) -> Iterable[tuple[HashedBlock, HashedBlock | None]]:
-        parents: list[HashedBlock] = []
+    def _parents(self) -> dict[HashedBlock, HashedBlock | None]:
         size = self._block_size
+        before: dict[HashedBlock, HashedBlock] = {}
         for key, bucket in self._by_key.items():
             for cached in bucket:
                 parent = cached.parent
                 assert cached.key == key and parent is not None and len(cached.token_ids) == size
-                parents.append(parent)
-                yield cached, None if parent.parent is None else parent
+                before[cached] = parent
         roots = {}
-        for parent, count in Counter(parents).items():
+        for parent, count in Counter(before.values()).items():
             assert parent.num_children == count, "children are miscounted"
             if parent.parent is None:
                 roots[parent.token_ids] = parent
         assert roots == self._roots, "a tenant's root is missing, or one without blocks is remembered"
+        return {cached: None if parent.parent is None else parent for cached, parent in before.items()}
 
 
 def _salt(request: Request) -> tuple[int, ...]:
