@@ -45,6 +45,7 @@ class ContinuousBatching(Scheduler):
         self._num_beside = 0
         self._runs_all = self._has_default("schedule", "order_running", "chunk", "_continue")
         self._admits_in_order = self._has_default("order_waiting", "admit", "outranks", "_admit")
+        self._can_displace = not self._has_default("outranks", "_displace")
 
     # The choices -----------------------------------------------------------------------------------------------
 
@@ -124,7 +125,9 @@ class ContinuousBatching(Scheduler):
             if not self.admit(request, step):
                 continue
             outcome = self._start(request, step)
-            if isinstance(outcome, Denied) and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
+            if isinstance(outcome, Grant):
+                continue
+            if self._can_displace and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
                 outcome = self._displace(request, running, step, outcome)
             if isinstance(outcome, Grant):
                 continue

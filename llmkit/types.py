@@ -6,7 +6,7 @@ Torch-free. Nothing here decides anything; the state machine lives in `llmkit.en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
@@ -151,7 +151,8 @@ class StepPlan:
         """The same step with the edits of group `number`, 0 for the first."""
         if not number:
             return self
-        return replace(self, edits=self.more_edits[number - 1] if self.more_edits else (), more_edits=())
+        edits = self.more_edits[number - 1] if self.more_edits else ()
+        return StepPlan(self.step_id, self.scheduled, self.admissions, edits, self.copies)
 
     @property
     def num_tokens(self) -> int:
