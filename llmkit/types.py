@@ -131,10 +131,11 @@ class BlockCopies(NamedTuple):
     forks: tuple[BlockCopy, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
     """What one step runs: plain data, so that it can be recorded, replayed or sent to another process.
 
+    Nobody changes it; it is not frozen because every step makes one, and a frozen one takes three times as long.
     `scheduled` is a `DecodeRows` where the rows of the step before go on, one token each, else a tuple.
     `copies` come before everything else. `more_edits` are those of further groups of layers, which have block tables
     of their own, or empty if no table changes; `of_group` is the plan as a group sees it.
@@ -170,9 +171,9 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
-    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample.
+    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample. Nobody changes it.
 
     `more_token_ids`: by row, the tokens behind it where the executor found several at once (speculative decoding); see
     `Executor`.

@@ -107,11 +107,11 @@ class OracleExecutor:
             self._edit(plan)
         if plan.copies is not None:
             self._copy(plan.copies)
-        scheduled = plan.scheduled
+        scheduled = tuple(plan.scheduled)
         for one in scheduled:
             self._check(one)
-        slots = [one.slot for one in scheduled]
-        assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
+        slots = {one.slot for one in scheduled}
+        assert len(slots) == len(scheduled), f"slots {slots}: one has two rows in a step"
         rows = self._packed(plan) if self.packs else [self._plain(one) for one in scheduled]
         errors = self._errors(plan) if self.faults else {}
         for at in errors:
@@ -219,10 +219,10 @@ class OracleExecutor:
         size, kv, stay = self.block_size, self._kv, row.stay
         tags: list[Tag] | list[None] = stay.tags[row.start : row.end]
         for at, tag in zip(row.writes, [None] * len(tags) if row.has_failed else tags, strict=True):
-            offset = at % size
+            block, offset = at // size, at % size
             if not offset:
-                kv[at // size] = [None] * size
-            kv[at // size][offset] = tag
+                kv[block] = [None] * size
+            kv[block][offset] = tag
         if not self.in_flight:
             return
         written = {at // size for at in row.writes}
@@ -264,8 +264,9 @@ class OracleExecutor:
         last = stay.tags[end - 1] if row.has_failed else self.read(row)[-1]
         if end < len(stay.tags) or last is None:
             return -1
-        token = sample(stay.seed, last[0], self.vocab_size)
-        stay.tags.append((extend(last[0], token), end))
+        digest, _ = last
+        token = sample(stay.seed, digest, self.vocab_size)
+        stay.tags.append((extend(digest, token), end))
         return token
 
     def _errors(self, plan: StepPlan) -> dict[int, str]:

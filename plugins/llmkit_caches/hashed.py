@@ -6,7 +6,6 @@ hashes are harmless.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,20 +90,21 @@ class HashIndex(PrefixIndex[HashedBlock]):
         return not cached.num_children
 
     def _parents(self) -> dict[HashedBlock, HashedBlock | None]:
-        size = self._block_size
-        before: dict[HashedBlock, HashedBlock] = {}
+        size, roots = self._block_size, {}
+        parents: dict[HashedBlock, HashedBlock | None] = {}
+        counts: dict[HashedBlock, int] = {}
         for key, bucket in self._by_key.items():
             for cached in bucket:
                 parent = cached.parent
                 assert cached.key == key and parent is not None and len(cached.token_ids) == size
-                before[cached] = parent
-        roots = {}
-        for parent, count in Counter(before.values()).items():
-            assert parent.num_children == count, "children are miscounted"
-            if parent.parent is None:
-                roots[parent.token_ids] = parent
+                counts[parent] = counts.get(parent, 0) + 1
+                if parent.parent is None:
+                    roots[parent.token_ids], parents[cached] = parent, None
+                else:
+                    parents[cached] = parent
         assert roots == self._roots, "a tenant's root is missing, or one without blocks is remembered"
-        return {cached: None if parent.parent is None else parent for cached, parent in before.items()}
+        assert all([parent.num_children == count for parent, count in counts.items()]), "children are miscounted"
+        return parents
 
 
 def _salt(request: Request) -> tuple[int, ...]:

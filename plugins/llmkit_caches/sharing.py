@@ -132,8 +132,10 @@ class SharingCache(CacheAllocator):
 
     def _num_taken(self, reusable: Sequence[CachedBlock], num_blocks: int) -> int:
         """How many of `num_blocks` belong to nobody yet: the new ones, and reused ones that are only cached."""
+        if not reusable:
+            return num_blocks
         seen = reusable[self._num_hidden(reusable) :]
-        return num_blocks - len(reusable) + sum(cached.is_idle for cached in seen)
+        return num_blocks - len(reusable) + sum([cached.is_idle for cached in seen])
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         self._publish(request, num_computed_tokens)
@@ -194,10 +196,11 @@ class SharingCache(CacheAllocator):
     def census(self) -> dict[int, tuple[str, ...]]:
         census: dict[int, tuple[str, ...]] = {}
         for request_id, table in self._tables.items():
-            num_released, owners = self._num_released.get(request_id, 0), (request_id,)
-            held: dict[int, tuple[str, ...]] = dict.fromkeys(table[num_released:] if num_released else table, owners)
-            if not census.keys().isdisjoint(held):
-                held.update({block: (*census[block], request_id) for block in held.keys() & census.keys()})
+            num_released = self._num_released.get(request_id, 0) if self._num_released else 0
+            own = table[num_released:] if num_released else table
+            held: dict[int, tuple[str, ...]] = dict.fromkeys(own, (request_id,))
+            for block in held.keys() & census.keys():
+                held[block] = (*census[block], request_id)
             census.update(held)
         return census
 
