@@ -41,6 +41,15 @@ C = TypeVar("C", bound=CachedBlock)
 MAX_REMEMBERED = 256
 
 
+@dataclass(slots=True, eq=False)
+class _Found(Generic[C]):
+    """The last answer for a request: what `find` would come to again unless blocks were added or its length changed."""
+
+    blocks: list[C]
+    num_added: int = -1
+    limit: int = -1
+
+
 class PrefixIndex(ABC, Generic[C]):
     """Published blocks of every tenant. It is told which are used and which are not; it counts no references."""
 
@@ -52,7 +61,8 @@ class PrefixIndex(ABC, Generic[C]):
         self._of_block: dict[int, C] = {}
         self._queue: list[tuple[tuple[int, ...], int, C]] = []
         self._time = 0
-        self._found: dict[Request, list[C]] = {}
+        self._num_added = 0
+        self._found: dict[Request, _Found[C]] = {}
 
     # How blocks hang together ------------------------------------------------------------------------------------
 
@@ -90,25 +100,28 @@ class PrefixIndex(ABC, Generic[C]):
         """
         if request.sampling_params.prompt_logprobs is not None:
             return ()
-        found = self._found.get(request)
-        if found is None:
+        last = self._found.get(request)
+        if last is None:
             if len(self._found) >= MAX_REMEMBERED:
                 del self._found[next(iter(self._found))]
-            found = self._found[request] = []
+            last = self._found[request] = _Found([])
+        found, limit = last.blocks, (request.num_tokens - 1) // self._block_size
         while found and found[-1].is_gone:
             found.pop()
-        self._extend(request, found, (request.num_tokens - 1) // self._block_size)
+        if last.num_added != self._num_added or last.limit != limit:
+            self._extend(request, found, limit)
+            last.num_added, last.limit = self._num_added, limit
         if self._spec.window is None:
             return found if most is None else found[:most]
         return found[: self._num_usable(found, len(found) if most is None else min(most, len(found)))]
 
     def _num_usable(self, found: Sequence[C], end: int) -> int:
         """How many, `end` at most, so that the last of them, as far as the window reaches, have their blocks."""
-        at = end
-        while at > self._spec.num_hidden_blocks(end * self._block_size):
+        at, first = end, self._spec.num_hidden_blocks(end * self._block_size)
+        while at > first:
             at -= 1
             if not found[at].blocks:
-                end = at
+                end, first = at, self._spec.num_hidden_blocks(at * self._block_size)
         return end
 
     def forget(self, request: Request) -> None:
@@ -123,6 +136,7 @@ class PrefixIndex(ABC, Generic[C]):
         for index in range(first, end):
             token_ids = tuple(request.token_ids[index * size : (index + 1) * size])
             cached = self._get_or_add(request, cached, token_ids)
+            self._num_added += 1
             if cached.is_idle:
                 redundant += cached.blocks
                 for block in cached.blocks:
