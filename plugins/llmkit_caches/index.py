@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from llmkit import CacheSpec, EvictionPolicy, Request
@@ -37,6 +38,7 @@ class CachedBlock:
     is_gone: bool = field(default=False, kw_only=True)
 
 
+_blocks, _is_idle, _is_gone = attrgetter("blocks"), attrgetter("is_idle"), attrgetter("is_gone")
 C = TypeVar("C", bound=CachedBlock)
 MAX_REMEMBERED = 256
 
@@ -215,21 +217,23 @@ class PrefixIndex(ABC, Generic[C]):
     def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
         of_block = {block: cached for cached in parents for block in cached.blocks}
         assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
+        assert len(of_block) == sum(map(len, map(_blocks, parents))), "a block of the pool stands for two cached ones"
         has_window, last = self._spec.window is not None, parents.keys() - parents.values()
         assert last == {*filter(self._is_last, parents)}, "what stands last is not known"
-        idle = {cached for cached in parents if cached.is_idle}
+        idle = {*filter(_is_idle, parents)}
         queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
         assert queued == (idle if has_window else idle & last), "what can be evicted is not what waits for it"
         assert self.num_idle == len(idle), "unused blocks are miscounted"
         held = {*of_block.values()}
         is_kept = len(held) == len(parents) or (has_window and held >= last)
-        assert is_kept and not any([cached.is_gone for cached in parents]), "an evicted block can still be found"
-        unused = [cached for block, cached in of_block.items() if not ref_counts[block]]
-        assert {*unused} == idle, f"of {of_block} unused are blocks of {unused}, idle are {idle}"
-        assert all([len(cached.blocks) == 1 for cached in idle]), "there are copies of an unused block"
+        assert is_kept and True not in map(_is_gone, parents), "an evicted block can still be found"
+        unused = {cached for block, cached in of_block.items() if not ref_counts[block]}
+        assert unused == idle, f"of {of_block} unused are blocks of {unused}, idle are {idle}"
+        copies = [cached.blocks for cached in idle if len(cached.blocks) > 1]
+        assert not copies, f"there are copies of unused blocks: {copies}"
         if not has_window and idle:
-            is_behind = [before in idle and cached not in idle for cached, before in parents.items()]
-            assert not any(is_behind), "a used block stands behind an unused one"
+            behind = [cached.blocks for cached, before in parents.items() if before in idle and cached not in idle]
+            assert not behind, f"used blocks stand behind unused ones: {behind}"
 
     def _queue_up(self, cached: C) -> None:
         """It can go from now on. Entries of those that have been used since are swept out before they pile up."""

@@ -153,7 +153,7 @@ BUGS: dict[str, Bug] = {
     "groups get each other's edits": (
         Residency.more_edits, "for group in self.groups[1:]]", "for group in self.groups[:0:-1]]"),
     "a grant is larger than another group's pool": (
-        Residency.num_fitting_tokens, "in self._unbound:", "in [one for one in self._unbound if one is self.groups[0]]:"),
+        Residency.num_fitting_tokens, "in self._unbound:", "in [g for g in self._unbound if g is self.groups[0]]:"),
     "a first grant counts on blocks that are not hidden": (
         Residency.num_fitting_tokens, "spec.num_hidden_blocks(num_cached_tokens)",
         "spec.num_hidden_blocks(num_cached_tokens + 99)"),
