@@ -25,6 +25,8 @@ from llmkit.interfaces.scheduler import (
 )
 
 UNLIMITED = 1 << 30
+CROWDED = DenialReason.NO_SEQS, DenialReason.NO_BLOCKS
+"""What makes room for a request when another is preempted."""
 
 
 class ContinuousBatchingSettings(SchedulerSettings):
@@ -125,9 +127,7 @@ class ContinuousBatching(Scheduler):
             if not self.admit(request, step):
                 continue
             outcome = self._start(request, step)
-            if isinstance(outcome, Grant):
-                continue
-            if self._can_displace and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
+            if self._can_displace and isinstance(outcome, Denied) and outcome.reason in CROWDED:
                 outcome = self._displace(request, running, step, outcome)
             if isinstance(outcome, Grant):
                 continue

@@ -6,15 +6,12 @@ hashes are harmless.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 
 from llmkit import CacheSpec, EvictionPolicy, Request
 from llmkit_caches.index import CachedBlock, PrefixIndex
 
-_num_children = attrgetter("num_children")
 HashFunction = Callable[[int, tuple[int, ...]], int]
 """Hash of a prefix, from its parent's hash and the tokens of its last block."""
 
@@ -93,18 +90,21 @@ class HashIndex(PrefixIndex[HashedBlock]):
         return not cached.num_children
 
     def _parents(self) -> dict[HashedBlock, HashedBlock | None]:
-        size = self._block_size
-        before: dict[HashedBlock, HashedBlock] = {}
+        size, roots = self._block_size, {}
+        parents: dict[HashedBlock, HashedBlock | None] = {}
+        counts: dict[HashedBlock, int] = {}
         for key, bucket in self._by_key.items():
             for cached in bucket:
                 parent = cached.parent
                 assert cached.key == key and parent is not None and len(cached.token_ids) == size
-                before[cached] = parent
-        counts = Counter(before.values())
-        assert [*map(_num_children, counts)] == [*counts.values()], "children are miscounted"
-        roots = {parent.token_ids: parent for parent in counts if parent.parent is None}
+                counts[parent] = counts.get(parent, 0) + 1
+                if parent.parent is None:
+                    roots[parent.token_ids], parents[cached] = parent, None
+                else:
+                    parents[cached] = parent
         assert roots == self._roots, "a tenant's root is missing, or one without blocks is remembered"
-        return {cached: None if parent.parent is None else parent for cached, parent in before.items()}
+        assert counts == {parent: parent.num_children for parent in counts}, "children are miscounted"
+        return parents
 
 
 def _salt(request: Request) -> tuple[int, ...]:

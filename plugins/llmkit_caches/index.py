@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from operator import attrgetter
 from typing import Generic, TypeVar
 
 from llmkit import CacheSpec, EvictionPolicy, Request
@@ -38,18 +37,8 @@ class CachedBlock:
     is_gone: bool = field(default=False, kw_only=True)
 
 
-_blocks, _is_idle, _is_gone = attrgetter("blocks"), attrgetter("is_idle"), attrgetter("is_gone")
 C = TypeVar("C", bound=CachedBlock)
 MAX_REMEMBERED = 256
-
-
-@dataclass(slots=True, eq=False)
-class _Found(Generic[C]):
-    """The last answer for a request: what `find` would come to again unless blocks were added or its length changed."""
-
-    blocks: list[C]
-    num_added: int = -1
-    limit: int = -1
 
 
 class PrefixIndex(ABC, Generic[C]):
@@ -63,8 +52,7 @@ class PrefixIndex(ABC, Generic[C]):
         self._of_block: dict[int, C] = {}
         self._queue: list[tuple[tuple[int, ...], int, C]] = []
         self._time = 0
-        self._num_added = 0
-        self._found: dict[Request, _Found[C]] = {}
+        self._found: dict[Request, list[C]] = {}
 
     # How blocks hang together ------------------------------------------------------------------------------------
 
@@ -102,17 +90,14 @@ class PrefixIndex(ABC, Generic[C]):
         """
         if request.sampling_params.prompt_logprobs is not None:
             return ()
-        last = self._found.get(request)
-        if last is None:
+        found = self._found.get(request)
+        if found is None:
             if len(self._found) >= MAX_REMEMBERED:
                 del self._found[next(iter(self._found))]
-            last = self._found[request] = _Found([])
-        found, limit = last.blocks, (request.num_tokens - 1) // self._block_size
+            found = self._found[request] = []
         while found and found[-1].is_gone:
             found.pop()
-        if last.num_added != self._num_added or last.limit != limit:
-            self._extend(request, found, limit)
-            last.num_added, last.limit = self._num_added, limit
+        self._extend(request, found, (request.num_tokens - 1) // self._block_size)
         if self._spec.window is None:
             return found if most is None else found[:most]
         return found[: self._num_usable(found, len(found) if most is None else min(most, len(found)))]
@@ -138,7 +123,6 @@ class PrefixIndex(ABC, Generic[C]):
         for index in range(first, end):
             token_ids = tuple(request.token_ids[index * size : (index + 1) * size])
             cached = self._get_or_add(request, cached, token_ids)
-            self._num_added += 1
             if cached.is_idle:
                 redundant += cached.blocks
                 for block in cached.blocks:
@@ -217,16 +201,17 @@ class PrefixIndex(ABC, Generic[C]):
     def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
         of_block = {block: cached for cached in parents for block in cached.blocks}
         assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
-        assert len(of_block) == sum(map(len, map(_blocks, parents))), "a block of the pool stands for two cached ones"
+        num_blocks = sum([len(cached.blocks) for cached in parents])
+        assert len(of_block) == num_blocks, "a block of the pool stands for two cached ones"
         has_window, last = self._spec.window is not None, parents.keys() - parents.values()
         assert last == {*filter(self._is_last, parents)}, "what stands last is not known"
-        idle = {*filter(_is_idle, parents)}
+        idle = {cached for cached in parents if cached.is_idle}
         queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
         assert queued == (idle if has_window else idle & last), "what can be evicted is not what waits for it"
         assert self.num_idle == len(idle), "unused blocks are miscounted"
         held = {*of_block.values()}
         is_kept = len(held) == len(parents) or (has_window and held >= last)
-        assert is_kept and True not in map(_is_gone, parents), "an evicted block can still be found"
+        assert is_kept and True not in [cached.is_gone for cached in parents], "an evicted block can still be found"
         unused = {cached for block, cached in of_block.items() if not ref_counts[block]}
         assert unused == idle, f"of {of_block} unused are blocks of {unused}, idle are {idle}"
         copies = [cached.blocks for cached in idle if len(cached.blocks) > 1]
