@@ -150,7 +150,7 @@ class SteadyDecode:
                 return None
             self._expect_growth(row)
         edits = tuple([self._residency.edit(row.request) for row in rows])
-        more_edits = self._residency.more_edits([row.request for row in rows])
+        more_edits = self._residency.more_edits([row.request for row in rows]) if self._residency.has_groups else ()
         for row in rows:
             row.request.num_sent_blocks = row.request.num_blocks
         return edits, more_edits
