@@ -153,6 +153,8 @@ class ContinuousBatching(Scheduler):
 
     def _start(self, request: RequestView, step: SchedulingStep) -> Grant | Denied:
         """Admit what can finish its prompt beside the others; what starts sooner is preempted and computed again."""
+        if not step.num_free_seqs:
+            return Denied(DenialReason.NO_SEQS)  # without a look at the cache
         if self._num_beside and step.num_missing_blocks(request) > step.num_free_blocks:
             return Denied(DenialReason.NO_BLOCKS)
         outcome = step.run(request, self.chunk(request, step))
