@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmkit.engine.planner import Planner
-from llmkit.engine.residency import Residency
 from llmkit.interfaces.cache import CacheAllocator, CacheStats
 from llmkit.testing.oracle import OracleExecutor
 from llmkit.types import Request, RequestStatus, StepPlan
@@ -74,7 +73,7 @@ def check_planner(
             if planner.host is not None:
                 planner.host.check(waiting)
             _check_counts(planner, running, in_flight)
-        _check_residency(planner._residency, running, books, settles)
+        _check_residency(planner, running, books, settles)
     if executors:
         for held, group, executor in zip(running, groups, executors, strict=True):
             _check_contents(held, group.spec.block_size, executor)
@@ -163,11 +162,12 @@ def _check_released(running: Held, group: CacheAllocator) -> None:
         assert is_right, f"{name} released {num_released} of {num_hidden} blocks behind its window"
 
 
-def _check_residency(residency: Residency, running: list[Held], books: Books, settles: bool) -> None:
+def _check_residency(planner: Planner, running: list[Held], books: Books, settles: bool) -> None:
     """Every slot is one request's or free; the census counts every block exactly as often as tables name it."""
+    residency, num_slots = planner._residency, planner.scheduler.settings.max_num_seqs
     slots = residency._free_slots + [request.slot for request, _, _ in running[0]]
     slots += [slot for _, _, slot in residency._pinned]
-    assert sorted(slots) == [*range(len(slots))], f"slots {sorted(slots)}"
+    assert sorted(slots) == [*range(num_slots)], f"slots {sorted(slots)} of {num_slots}"
     pinned = [request for _, request, _ in residency._pinned]
     awaited = [_held(group, pinned) if pinned else [] for group in residency.groups]
     num_awaited = sum([len(table) - num_released for _, table, num_released in awaited[0]])
