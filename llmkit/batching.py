@@ -25,6 +25,8 @@ from llmkit.interfaces.scheduler import (
 )
 
 UNLIMITED = 1 << 30
+CROWDED = DenialReason.NO_SEQS, DenialReason.NO_BLOCKS
+"""What makes room for a request when another is preempted."""
 
 
 class ContinuousBatchingSettings(SchedulerSettings):
@@ -45,6 +47,7 @@ class ContinuousBatching(Scheduler):
         self._num_beside = 0
         self._runs_all = self._has_default("schedule", "order_running", "chunk", "_continue")
         self._admits_in_order = self._has_default("order_waiting", "admit", "outranks", "_admit")
+        self._can_displace = not self._has_default("outranks", "_displace")
 
     # The choices -----------------------------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class ContinuousBatching(Scheduler):
             if not self.admit(request, step):
                 continue
             outcome = self._start(request, step)
-            if isinstance(outcome, Denied) and outcome.reason in (DenialReason.NO_SEQS, DenialReason.NO_BLOCKS):
+            if self._can_displace and isinstance(outcome, Denied) and outcome.reason in CROWDED:
                 outcome = self._displace(request, running, step, outcome)
             if isinstance(outcome, Grant):
                 continue
@@ -150,6 +153,8 @@ class ContinuousBatching(Scheduler):
 
     def _start(self, request: RequestView, step: SchedulingStep) -> Grant | Denied:
         """Admit what can finish its prompt beside the others; what starts sooner is preempted and computed again."""
+        if not step.num_free_seqs:
+            return Denied(DenialReason.NO_SEQS)  # without a look at the cache
         if self._num_beside and step.num_missing_blocks(request) > step.num_free_blocks:
             return Denied(DenialReason.NO_BLOCKS)
         outcome = step.run(request, self.chunk(request, step))

@@ -6,7 +6,7 @@ Torch-free. Nothing here decides anything; the state machine lives in `llmkit.en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
@@ -131,10 +131,11 @@ class BlockCopies(NamedTuple):
     forks: tuple[BlockCopy, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
     """What one step runs: plain data, so that it can be recorded, replayed or sent to another process.
 
+    Nobody changes it; it is not frozen because every step makes one, and a frozen one takes three times as long.
     `scheduled` is a `DecodeRows` where the rows of the step before go on, one token each, else a tuple.
     `copies` come before everything else. `more_edits` are those of further groups of layers, which have block tables
     of their own, or empty if no table changes; `of_group` is the plan as a group sees it.
@@ -151,7 +152,8 @@ class StepPlan:
         """The same step with the edits of group `number`, 0 for the first."""
         if not number:
             return self
-        return replace(self, edits=self.more_edits[number - 1] if self.more_edits else (), more_edits=())
+        edits = self.more_edits[number - 1] if self.more_edits else ()
+        return StepPlan(self.step_id, self.scheduled, self.admissions, edits, self.copies)
 
     @property
     def num_tokens(self) -> int:
@@ -169,9 +171,9 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
-    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample.
+    """Per scheduled row, in plan order: the sampled token, or -1 where the row did not sample. Nobody changes it.
 
     `more_token_ids`: by row, the tokens behind it where the executor found several at once (speculative decoding); see
     `Executor`.

@@ -13,9 +13,9 @@ from llmkit.types import DecodeRows, ScheduledRequest, StepPlan
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PackedInputs:
-    """Arrays of one step: R rows, N packed tokens, S sampling rows.
+    """Arrays of one step: R rows, N packed tokens, S sampling rows. Nobody changes it.
 
     `token_slots` and `positions` int64 [N] say where each input token stands in the token table; `slot_mapping`
     int64 [N] where its KV goes; `logit_tokens` [S] which packed tokens choose a next one; `fresh_blocks` [F] are the
@@ -63,7 +63,7 @@ class InputBuilder:
         query_lens = (1,) * len(rows) if is_decode else tuple([row.num_tokens for row in rows])
         slots, starts = slots_and_starts(rows)
         lens = np.array(query_lens, dtype=np.int64)
-        ends = np.cumsum(lens)
+        ends = lens.cumsum()
         query_start_loc = np.zeros(len(rows) + 1, np.int32)
         query_start_loc[1:] = ends
         if ends[-1] == len(rows):
@@ -100,4 +100,4 @@ class InputBuilder:
             return np.where(columns < num_blocks[:, None], tables, tables[:, :1])
         first = np.maximum(starts - self.window + 1, 0)[:, None] // self.block_size
         own = (columns >= first) & (columns < num_blocks[:, None])
-        return np.where(own, tables, np.take_along_axis(tables, first, 1))
+        return np.where(own, tables, tables[np.arange(len(slots))[:, None], first])

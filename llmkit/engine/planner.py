@@ -201,9 +201,9 @@ class Planner:
 
     def _copies(self, step_id: int, step: PlannedStep, edits: Edits) -> BlockCopies | None:
         """What is copied for forks, to host memory and back; who starts has been sent its whole block table."""
-        forks = tuple([copy for view in step.admitted for copy in step.copies[view]])
+        forks = tuple([copy for view in step.admitted for copy in step.copies[view]]) if step.admitted else ()
         copies = None
-        if self.host is not None:
+        if self.host is not None and (step.admitted or self.host.has_to_save):
             tables = {edit.slot: edit.blocks for edit in edits}
             copies = self.host.copies(step_id, [(view._request, tables[view._request.slot]) for view in step.admitted])
         return (copies or BlockCopies())._replace(forks=forks) if forks else copies

@@ -42,6 +42,7 @@ class Residency:
         self.forks = Forks(allocator.spec, forks and allocator.forks)
         self.groups = groups_of(allocator)
         self.has_groups = len(self.groups) > 1
+        self._unbound = [group for group in self.groups if group.max_num_tokens is None]
         self.host = host
         self.block_size = allocator.spec.block_size
         self._has_window = allocator.spec.window is not None
@@ -110,11 +111,10 @@ class Residency:
         No bound where a request has to fit whole: one that does not never fits.
         """
         num_tokens = UNLIMITED
-        for group in self.groups:
-            if group.max_num_tokens is None:
-                spec = group.spec
-                num_hidden = max(group.num_released_blocks(request), spec.num_hidden_blocks(num_cached_tokens))
-                num_tokens = min(num_tokens, (num_hidden + spec.num_blocks) * spec.block_size - start)
+        for group in self._unbound:
+            spec = group.spec
+            num_hidden = max(group.num_released_blocks(request), spec.num_hidden_blocks(num_cached_tokens))
+            num_tokens = min(num_tokens, (num_hidden + spec.num_blocks) * spec.block_size - start)
         return num_tokens
 
     def num_missing_blocks(self, request: Request, most_at_once: int) -> int:
@@ -122,7 +122,7 @@ class Residency:
 
         Where a further group lacks some, as many more than are free as it lacks.
         """
-        first, *others = (self._num_missing(group, request, most_at_once) for group in self.groups)
+        first, *others = [self._num_missing(group, request, most_at_once) for group in self.groups]
         if not others:
             return first
         frees = [group.stats().num_unowned_blocks for group in self.groups]
@@ -145,8 +145,9 @@ class Residency:
 
     def more_edits(self, requests: Collection[Request]) -> tuple[Edits, ...]:
         """The same of each group behind the first, for all `requests`; empty if there are none."""
-        others = self.groups[1:] if requests else ()
-        return tuple([tuple([_edit(group, one) for one in requests]) for group in others])
+        if not (requests and self.has_groups):
+            return ()
+        return tuple([tuple([_edit(group, one) for one in requests]) for group in self.groups[1:]])
 
     def publish(self, request: Request, num_computed_tokens: int) -> None:
         """KV below `num_computed_tokens` is valid. An allocator that fails to publish it harms nobody."""

@@ -33,7 +33,8 @@ class CacheSpec:
         """Leading blocks that no query from position `start` on sees; the block before `start` is not among them."""
         if self.window is None:
             return 0
-        return max(0, start - max(self.window - 1, self.block_size)) // self.block_size
+        num_kept = self.window - 1 if self.window > self.block_size else self.block_size
+        return (start - num_kept) // self.block_size if start > num_kept else 0
 
 
 class CacheStats(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 from llmkit.engine.inputs import InputBuilder
 from llmkit.testing.tags import Tag, extend, sample, tags_of
@@ -19,12 +18,15 @@ from llmkit.types import BlockCopies, ScheduledRequest, StepPlan, StepResult
 
 @dataclass(slots=True)
 class _Stay:
-    """What the token table knows of one stay in a slot: a tag for each token; where its next row must start."""
+    """What the token table knows of one stay in a slot: a tag for each token; where its next row must start.
+
+    `table` is its block table as it was when it was last edited.
+    """
 
     request_id: str
     seed: int
     tags: list[Tag]
-    num_blocks: int = 0
+    table: list[int] = field(default_factory=list)
     next_start: int | None = None
 
 
@@ -105,9 +107,12 @@ class OracleExecutor:
             self._edit(plan)
         if plan.copies is not None:
             self._copy(plan.copies)
-        slots = [self._check(scheduled) for scheduled in plan.scheduled]
-        assert len(set(slots)) == len(slots), f"slots {slots}: one has two rows in a step"
-        rows = self._packed(plan) if self.packs else [self._plain(row) for row in plan.scheduled]
+        scheduled = tuple(plan.scheduled)
+        for one in scheduled:
+            self._check(one)
+        slots = {one.slot for one in scheduled}
+        assert len(slots) == len(scheduled), f"slots {slots}: one has two rows in a step"
+        rows = self._packed(plan) if self.packs else [self._plain(one) for one in scheduled]
         errors = self._errors(plan) if self.faults else {}
         for at in errors:
             rows[at].has_failed = True
@@ -121,12 +126,13 @@ class OracleExecutor:
     def _edit(self, plan: StepPlan) -> None:
         """Block tables grow where they end."""
         for slot, start, blocks in plan.edits:
-            stay = self.slots[slot]
-            is_next = start <= stay.num_blocks or (self.window is not None and not stay.num_blocks)
-            assert is_next, f"slot {slot}: its table has {stay.num_blocks} blocks, edited at {start}"
+            num_blocks = len(self.slots[slot].table)
+            is_next = start <= num_blocks or (self.window is not None and not num_blocks)
+            assert is_next, f"slot {slot}: its table has {num_blocks} blocks, edited at {start}"
             assert not blocks or min(blocks) >= 0, f"slot {slot}: {blocks} are not all blocks"
-            stay.num_blocks = start + len(blocks)
         self.inputs.apply(plan)
+        for slot, start, blocks in plan.edits:
+            self.slots[slot].table = self.inputs.block_tables[slot, : start + len(blocks)].tolist()
 
     def _copy(self, copies: BlockCopies) -> None:
         """What is copied must be there, and nobody in flight may read where it goes."""
@@ -154,8 +160,8 @@ class OracleExecutor:
         while self.in_flight and self.in_flight[0].number <= number:
             self.in_flight.popleft()
 
-    def _check(self, row: ScheduledRequest) -> int:
-        """What a row says agrees with what its slot holds; the slot."""
+    def _check(self, row: ScheduledRequest) -> None:
+        """What a row says agrees with what its slot holds."""
         name, slot, start, num_tokens, samples, _ = row
         end, stay = start + num_tokens, self.slots.get(slot)
         assert stay is not None, f"{name!r} runs in slot {slot}, which nobody has entered"
@@ -164,23 +170,19 @@ class OracleExecutor:
         assert num_tokens > 0, f"slot {slot}: a row of {num_tokens} tokens"
         is_next = start == stay.next_start or stay.next_start is None
         assert is_next, f"{name!r} has {stay.next_start} entries, a row starts at {start}"
-        num_known, reach = len(stay.tags), stay.num_blocks * self.block_size
+        num_known, reach = len(stay.tags), len(stay.table) * self.block_size
         assert end <= num_known, f"{name!r} runs to {end}, but knows {num_known} tokens"
         assert end <= reach, f"{name!r} writes up to {end}, but its blocks reach {reach}"
         assert samples == (end == num_known), f"{name!r}: samples={samples} after {end} of {num_known} tokens"
         stay.next_start = end
-        return slot
 
     def _plain(self, row: ScheduledRequest) -> _Row:
         """A row as `InputBuilder.build` would pack it."""
         _, slot, start, num_tokens, _, _ = row
-        end, size = start + num_tokens, self.block_size
-        table = self.inputs.block_tables[slot, : -(-end // size)].tolist()
+        end, size, stay = start + num_tokens, self.block_size, self.slots[slot]
+        first, table = self._first_key(start), stay.table
         writes = [table[position // size] * size + position % size for position in range(start, end)]
-        if self.window is None:
-            return _Row(self.slots[slot], slot, start, end, writes, table, 0)
-        first = self._first_key(start)
-        return _Row(self.slots[slot], slot, start, end, writes, table[first // size :], first)
+        return _Row(stay, slot, start, end, writes, table[first // size : -(-end // size)], first)
 
     def _first_key(self, start: int) -> int:
         """The first position that a query at `start` sees, or one behind it."""
@@ -217,10 +219,10 @@ class OracleExecutor:
         size, kv, stay = self.block_size, self._kv, row.stay
         tags: list[Tag] | list[None] = stay.tags[row.start : row.end]
         for at, tag in zip(row.writes, [None] * len(tags) if row.has_failed else tags, strict=True):
-            offset = at % size
+            block, offset = at // size, at % size
             if not offset:
-                kv[at // size] = [None] * size
-            kv[at // size][offset] = tag
+                kv[block] = [None] * size
+            kv[block][offset] = tag
         if not self.in_flight:
             return
         written = {at // size for at in row.writes}
@@ -234,8 +236,8 @@ class OracleExecutor:
 
     def read(self, row: _Row) -> list[Tag | None]:
         """The entries from `first` to `end` that the row's table leads to; AssertionError if they are not its own."""
-        first, end = row.first, row.end
-        wanted, skipped = row.stay.tags[first:end], first % self.block_size
+        first, end, tags = row.first, row.end, row.stay.tags
+        skipped, wanted = first % self.block_size, tags[first:end] if first or end < len(tags) else tags
         found = self.entries(row.table, skipped + end - first)
         if skipped:
             del found[:skipped]
@@ -249,7 +251,12 @@ class OracleExecutor:
 
     def entries(self, table: Sequence[int], end: int) -> list[Tag | None]:
         """What stands in the first `end` KV slots of a block table; None where nothing was written."""
-        return list(islice(chain.from_iterable(map(self._kv.__getitem__, table)), end))
+        kv = self._kv
+        found: list[Tag | None] = []
+        for block in table:
+            found += kv[block]
+        del found[end:]
+        return found
 
     def _sample(self, row: _Row) -> int:
         """The token behind a row; -1 if it does not end at the last known one."""
@@ -257,8 +264,9 @@ class OracleExecutor:
         last = stay.tags[end - 1] if row.has_failed else self.read(row)[-1]
         if end < len(stay.tags) or last is None:
             return -1
-        token = sample(stay.seed, last[0], self.vocab_size)
-        stay.tags.append((extend(last[0], token), end))
+        digest, _ = last
+        token = sample(stay.seed, digest, self.vocab_size)
+        stay.tags.append((extend(digest, token), end))
         return token
 
     def _errors(self, plan: StepPlan) -> dict[int, str]:

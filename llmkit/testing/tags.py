@@ -6,7 +6,6 @@ Tokens are a hash of the tags a row attends to, so they show any slip in the boo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 Tag = tuple[int, int]
 """(64-bit hash of all tokens up to and with its own, position)."""
@@ -22,7 +21,12 @@ def extend(digest: int, token: int) -> int:
 
 def digests_of(token_ids: Iterable[int]) -> list[int]:
     """Digest of every non-empty prefix."""
-    return list(accumulate(token_ids, extend, initial=0))[1:]
+    digest, digests = 0, []
+    for token in token_ids:  # `extend`, without a call for each token
+        digest = (digest ^ (token + 1)) * 0x9E3779B97F4A7C15 & _MASK
+        digest ^= digest >> 29
+        digests.append(digest)
+    return digests
 
 
 def tags_of(token_ids: Sequence[int]) -> list[Tag]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from llmkit.engine.engine import Engine
 from llmkit.engine.grouped_cache import groups_of
@@ -23,13 +24,14 @@ from llmkit.testing.chaos import Chaos, ChaosError
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.expected import Expectations
 from llmkit.testing.grouped import GroupedOracle
-from llmkit.testing.invariants import Books, check_contents, check_empty, check_planner
+from llmkit.testing.invariants import Books, check_empty, check_planner
 from llmkit.testing.liveness import Liveness
 from llmkit.testing.oracle import OracleExecutor
 from llmkit.testing.tags import tags_of
 from llmkit.testing.worlds import Event, Rule, World
 from llmkit.types import Request, SamplingParams, StepPlan
 
+_token_ids = attrgetter("token_ids")
 STEP = Event(0, Rule.STEP)
 SWAP_COSTS = SwapCosts(seconds_per_token=1.0, seconds_per_swap=2.5, seconds_per_block=0.1)
 """Under these only requests of three and more tokens are worth keeping in host memory."""
@@ -245,15 +247,14 @@ class Walk:
         self.clock.advance(1.0)
 
     def _num_known_tokens(self) -> int:
-        return sum([len(request.token_ids) for request in self.engine.planner.requests.values()])
+        return sum(map(len, map(_token_ids, self.engine.planner.requests.values())))
 
     def _check(self) -> None:
         executor, planner = self.executor, self.engine.planner
         in_flight = executor.num_steps - executor.num_results
         assert in_flight <= self.depth, f"{in_flight} steps in flight at depth {self.depth}"
         plans = list(executor.history)[-in_flight:] if in_flight and self._looks else ()
-        check_planner(planner, plans, self._looks, self._books)
-        check_contents(planner, self.executors)
+        check_planner(planner, plans, self._looks, self._books, self.executors)
 
     def _check_limits(self, plan: StepPlan) -> None:
         settings = self.scheduler.settings

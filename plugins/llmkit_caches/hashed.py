@@ -6,8 +6,7 @@ hashes are harmless.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmkit import CacheSpec, EvictionPolicy, Request
@@ -90,21 +89,22 @@ class HashIndex(PrefixIndex[HashedBlock]):
     def _is_last(self, cached: HashedBlock) -> bool:
         return not cached.num_children
 
-    def _parents(self) -> Iterable[tuple[HashedBlock, HashedBlock | None]]:
-        parents: list[HashedBlock] = []
-        size = self._block_size
+    def _parents(self) -> dict[HashedBlock, HashedBlock | None]:
+        size, roots = self._block_size, {}
+        parents: dict[HashedBlock, HashedBlock | None] = {}
+        counts: dict[HashedBlock, int] = {}
         for key, bucket in self._by_key.items():
             for cached in bucket:
                 parent = cached.parent
                 assert cached.key == key and parent is not None and len(cached.token_ids) == size
-                parents.append(parent)
-                yield cached, None if parent.parent is None else parent
-        roots = {}
-        for parent, count in Counter(parents).items():
-            assert parent.num_children == count, "children are miscounted"
-            if parent.parent is None:
-                roots[parent.token_ids] = parent
+                counts[parent] = counts.get(parent, 0) + 1
+                if parent.parent is None:
+                    roots[parent.token_ids], parents[cached] = parent, None
+                else:
+                    parents[cached] = parent
         assert roots == self._roots, "a tenant's root is missing, or one without blocks is remembered"
+        assert counts == {parent: parent.num_children for parent in counts}, "children are miscounted"
+        return parents
 
 
 def _salt(request: Request) -> tuple[int, ...]:

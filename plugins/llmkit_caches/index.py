@@ -76,7 +76,7 @@ class PrefixIndex(ABC, Generic[C]):
         """Whether nothing cached stands behind it."""
 
     @abstractmethod
-    def _parents(self) -> Iterable[tuple[C, C | None]]:
+    def _parents(self) -> dict[C, C | None]:
         """Every cached block and the one before it, for `check`; AssertionError where the shape itself is wrong."""
 
     # What is the same for all ------------------------------------------------------------------------------------
@@ -104,11 +104,11 @@ class PrefixIndex(ABC, Generic[C]):
 
     def _num_usable(self, found: Sequence[C], end: int) -> int:
         """How many, `end` at most, so that the last of them, as far as the window reaches, have their blocks."""
-        at = end
-        while at > self._spec.num_hidden_blocks(end * self._block_size):
+        at, first = end, self._spec.num_hidden_blocks(end * self._block_size)
+        while at > first:
             at -= 1
             if not found[at].blocks:
-                end = at
+                end, first = at, self._spec.num_hidden_blocks(at * self._block_size)
         return end
 
     def forget(self, request: Request) -> None:
@@ -185,41 +185,40 @@ class PrefixIndex(ABC, Generic[C]):
         `ref_counts` says how many tables hold each block; each of `tables` comes with how many of it are published and
         how many released.
         """
-        parents, of_block = dict(self._parents()), self._of_block
+        parents, of_block = self._parents(), self._of_block
         self._check_use(parents, ref_counts)
         for table, num_published, num_released in tables:
-            chain = [of_block.get(block) for block in table[num_released:]]
+            chain = [*map(of_block.get, table[num_released:] if num_released else table)]
             num_found = max(0, num_published - num_released)
+            num_missing = len(chain) - num_found
             assert None not in chain[:num_found], f"{table}: not all of {num_found} blocks can be found"
-            assert not any(chain[num_found:]), f"{table}: blocks beyond {num_found} can be found"
+            assert chain.count(None) == num_missing, f"{table}: blocks beyond {num_found} can be found"
             if num_found:
-                before = parents[chain[0]] if num_released and chain[0] is not None else None
-                assert (before is not None) == (num_released > 0), f"{table}: what was released is gone"
-                for cached in chain[:num_found]:
-                    assert cached is not None and parents[cached] is before, f"{table}: cached blocks are not in a row"
-                    before = cached
+                before = [parents[cached] for cached in chain[:num_found] if cached is not None]
+                assert (before[0] is not None) == (num_released > 0), f"{table}: what was released is gone"
+                assert before[1:] == chain[: num_found - 1], f"{table}: cached blocks are not in a row"
 
     def _check_use(self, parents: dict[C, C | None], ref_counts: Sequence[int]) -> None:
         of_block = {block: cached for cached in parents for block in cached.blocks}
         assert of_block == self._of_block, "a block of the pool stands for a cached one that does not know it"
+        num_blocks = sum([len(cached.blocks) for cached in parents])
+        assert len(of_block) == num_blocks, "a block of the pool stands for two cached ones"
+        has_window, last = self._spec.window is not None, parents.keys() - parents.values()
+        assert last == {*filter(self._is_last, parents)}, "what stands last is not known"
+        idle = {cached for cached in parents if cached.is_idle}
         queued = {cached for _, ticket, cached in self._queue if cached.ticket == ticket}
-        before_others, has_window, num_idle = set(parents.values()), self._spec.window is not None, 0
-        for cached, parent in parents.items():
-            is_last = cached not in before_others
-            assert self._is_last(cached) == is_last, "what stands last is not known"
-            can_go = cached.is_idle and (is_last or has_window)
-            assert (cached in queued) == can_go, "what can be evicted is not what waits for it"
-            counts = [ref_counts[block] for block in cached.blocks]
-            leaves_place = has_window and not is_last
-            assert (counts or leaves_place) and not cached.is_gone, "an evicted block can still be found"
-            if cached.is_idle:
-                num_idle += 1
-                assert counts == [0], f"blocks {cached.blocks} are used {counts} times"
-            else:
-                assert 0 not in counts, f"blocks {cached.blocks} are used {counts} times: an unused copy is kept"
-                is_behind = not has_window and parent is not None and parent.is_idle
-                assert not is_behind, "a used block stands behind an unused one"
-        assert self.num_idle == num_idle, "unused blocks are miscounted"
+        assert queued == (idle if has_window else idle & last), "what can be evicted is not what waits for it"
+        assert self.num_idle == len(idle), "unused blocks are miscounted"
+        held = {*of_block.values()}
+        is_kept = len(held) == len(parents) or (has_window and held >= last)
+        assert is_kept and True not in [cached.is_gone for cached in parents], "an evicted block can still be found"
+        unused = {cached for block, cached in of_block.items() if not ref_counts[block]}
+        assert unused == idle, f"of {of_block} unused are blocks of {unused}, idle are {idle}"
+        copies = [cached.blocks for cached in idle if len(cached.blocks) > 1]
+        assert not copies, f"there are copies of unused blocks: {copies}"
+        if not has_window and idle:
+            behind = [cached.blocks for cached, before in parents.items() if before in idle and cached not in idle]
+            assert not behind, f"used blocks stand behind unused ones: {behind}"
 
     def _queue_up(self, cached: C) -> None:
         """It can go from now on. Entries of those that have been used since are swept out before they pile up."""

@@ -5,7 +5,6 @@ A run is compared with a prompt in one go, without hashing. It is split where a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmkit import CacheSpec, EvictionPolicy, Request
@@ -128,7 +127,8 @@ class RadixIndex(PrefixIndex[RadixBlock]):
     def _is_last(self, cached: RadixBlock) -> bool:
         return cached.at + 1 == len(cached.node.run) and not cached.node.children
 
-    def _parents(self) -> Iterable[tuple[RadixBlock, RadixBlock | None]]:
+    def _parents(self) -> dict[RadixBlock, RadixBlock | None]:
+        parents: dict[RadixBlock, RadixBlock | None] = {}
         for tenant, root in self._roots.items():
             assert root.parent is None and not root.run and root.children, f"the root of {tenant!r} is not a root"
             pending: list[tuple[RadixNode, RadixBlock | None]] = [(root, None)]
@@ -137,9 +137,10 @@ class RadixIndex(PrefixIndex[RadixBlock]):
                 assert node.tenant == tenant and len(node.token_ids) == len(node.run) * self._block_size, "a bad run"
                 for place, cached in enumerate(node.run):
                     assert cached.node is node and cached.at == place, "a block does not know its place in a run"
-                    yield cached, before
+                    parents[cached] = before
                     before = cached
                 for token_ids, child in node.children.items():
                     assert child.parent is node and child.run, "an empty run branches off"
                     assert tuple(child.token_ids[: self._block_size]) == token_ids, "a run begins otherwise"
                     pending.append((child, before))
+        return parents

@@ -132,8 +132,10 @@ class SharingCache(CacheAllocator):
 
     def _num_taken(self, reusable: Sequence[CachedBlock], num_blocks: int) -> int:
         """How many of `num_blocks` belong to nobody yet: the new ones, and reused ones that are only cached."""
+        if not reusable:
+            return num_blocks
         seen = reusable[self._num_hidden(reusable) :]
-        return num_blocks - len(reusable) + sum(cached.is_idle for cached in seen)
+        return num_blocks - len(reusable) + sum([cached.is_idle for cached in seen])
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         self._publish(request, num_computed_tokens)
@@ -194,25 +196,28 @@ class SharingCache(CacheAllocator):
     def census(self) -> dict[int, tuple[str, ...]]:
         census: dict[int, tuple[str, ...]] = {}
         for request_id, table in self._tables.items():
-            owners: tuple[str, ...] = (request_id,)
-            held = dict.fromkeys(table[self._num_released.get(request_id, 0) :], owners)
+            num_released = self._num_released.get(request_id, 0) if self._num_released else 0
+            own = table[num_released:] if num_released else table
+            held: dict[int, tuple[str, ...]] = dict.fromkeys(own, (request_id,))
             for block in held.keys() & census.keys():
                 held[block] = (*census[block], request_id)
             census.update(held)
         return census
 
     def check(self) -> None:
-        super().check()
         free, tables, published, released = self._free, self._tables, self._num_published, self._num_released
         counts = [0] * self.spec.num_blocks
         for name, table in tables.items():
             num_released = released.get(name, 0)
             assert table[:num_released] == [RELEASED] * num_released, f"{name}: {num_released} released of {table}"
             assert len(table) > num_released, f"{name} keeps none of {table}"
-            for block in table[num_released:]:
-                assert block != RELEASED, f"{name}: {num_released} released of {table}"
+            held = table[num_released:] if num_released else table
+            assert min(held) >= 0, f"{name}: {num_released} released of {table}"
+            for block in held:
                 counts[block] += 1
         assert self._ref_counts == counts, f"blocks are counted {self._ref_counts} times, owned {counts} times"
+        stats, num_used = self.stats(), len(counts) - counts.count(0)
+        assert stats.num_used_blocks == num_used, f"{num_used} owned blocks, {stats}"
         assert len(set(free)) == len(free), "a block is on the free list twice"
         assert not any(map(counts.__getitem__, free)), "an owned block is on the free list"
         assert published.keys() <= tables.keys(), "blocks of a request that is gone count as published"

@@ -75,6 +75,7 @@ def _totals(tallies: Sequence[Tally], budget: Budget) -> str:
         f"seeds {budget.seed} to at most {last}, depths 0, 1 and 2. In a second of one core {steps / seconds:,.0f} "
         f"steps, and {num_operations / seconds:,.0f} operations in all (requests that come or are aborted, preemptions "
         f"and probes too), each with every check behind it; {num_rules / rule_seconds:,.0f} hypothesis rules. "
+        "`python -m tests.nightly.rate` measures the walks alone, on one core and on all. "
         f"**{wrong} failures.**"
     )
 

@@ -9,7 +9,7 @@ import pytest
 
 from llmkit import load_plugins
 from llmkit.engine.residency import Residency
-from tests.nightly import replay, run, volume
+from tests.nightly import rate, replay, run, volume
 from tests.nightly.faults import HOOKS
 from tests.nightly.page import Circumstances, Suite, write_page
 from tests.nightly.volume import Budget, Pair, Tally, all_pairs, run_pair
@@ -105,3 +105,22 @@ def test_the_command_writes_the_page_whatever_it_found(
     text = page.read_text()
     assert "`python -m tests.nightly.run --no-mutants --no-slow --steps 480` wrote" in text
     assert f"**{len(failures)} failures.**" in text
+
+
+def test_rates_are_measured_on_one_core_and_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate, "all_pairs", lambda: [Pair("continuous", "paged"), Pair("sjf", "contiguous")])
+    assert rate.main(["--steps", "60", "--processes", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        "continuous on paged", "sjf on contiguous", "one core, all pairs", "2 processes side by side, wall clock",
+    ]  # fmt: skip
+    assert all(int(line.split()[-2].replace(",", "")) > 100 for line in lines[1:])
+
+
+def test_a_rate_of_walks_that_fail_is_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = rate.Round([Tally(Pair("fair", "radix"), step_seconds=1.0, failures=["fair on radix: seed 7"])], 1.0)
+    monkeypatch.setattr(rate, "side_by_side", lambda *arguments: [broken])
+    assert rate.main([]) == 1
+    assert capsys.readouterr().out.endswith("\nfair on radix: seed 7\nfair on radix: seed 7\n")

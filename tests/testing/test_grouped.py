@@ -150,9 +150,10 @@ BUGS: dict[str, Bug] = {
     "groups are sent nothing while steps repeat": (
         SteadyDecode._grow, "more_edits([row.request for row in rows])", "more_edits([])"),
     "groups are sent nothing": (Planner._edits, "self._residency.more_edits(grown)", "()"),
-    "groups get each other's edits": (Residency.more_edits, "for group in others]", "for group in others[::-1]]"),
+    "groups get each other's edits": (
+        Residency.more_edits, "for group in self.groups[1:]]", "for group in self.groups[:0:-1]]"),
     "a grant is larger than another group's pool": (
-        Residency.num_fitting_tokens, "in self.groups:", "in self.groups[:1]:"),
+        Residency.num_fitting_tokens, "in self._unbound:", "in [g for g in self._unbound if g is self.groups[0]]:"),
     "a first grant counts on blocks that are not hidden": (
         Residency.num_fitting_tokens, "spec.num_hidden_blocks(num_cached_tokens)",
         "spec.num_hidden_blocks(num_cached_tokens + 99)"),

@@ -125,7 +125,7 @@ CACHES: dict[str, Bug] = {
     "publication is remembered for the next request of that name": (
         SharingCache.free, "self._num_published.pop(request.request_id, None)", "pass"),
     "reuse is not counted": (SharingCache._start, "self._ref_counts[cached.blocks[0]] += 1", "pass"),
-    "reused blocks count as free": (SharingCache._num_taken, "+ sum(cached.is_idle for cached in seen)", ""),
+    "reused blocks count as free": (SharingCache._num_taken, "+ sum([cached.is_idle for cached in seen])", ""),
     "more is missing than allocate takes": (
         SharingCache.num_missing_blocks, "self._num_taken(self._reusable(request, num_blocks), num_blocks)",
         "num_blocks"),
