@@ -112,13 +112,14 @@ class DecodeGraphs:
         The rest follow when they are first needed.
         """
         started = time.perf_counter()
-        sizes = dict.fromkeys((self._buckets[-1], self._buckets[0]))
-        rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes))
-        for size in sizes:
-            self._captured[size, False] = self._capture(size, 0)
         parts = self._network, self._backend, self._choose, self._tokens, self._tables, self._pool
         mixed = MixedGraphs(Device(*parts, self._more_tables))
         self.mixed = mixed if mixed.is_supported() else None
+        sizes = dict.fromkeys((self._buckets[-1], self._buckets[0]))
+        first = [self.mixed.smallest] if self.mixed is not None else []  # else the first prompt waits for its kernels
+        rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes), *first)
+        for size in sizes:
+            self._captured[size, False] = self._capture(size, 0)
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
 
     def is_supported(self) -> bool:

@@ -62,6 +62,10 @@ class MixedGraphs:
         """Whether the backend lets steps be captured whose rows have any number of tokens."""
         return self._device.backend.capturable(pack(self._device, self._padding(ROWS[0]), TOKENS[0])[1])
 
+    def smallest(self) -> tuple[Tensor, Tensor]:
+        """Run the smallest step that is captured, of nobody's tokens."""
+        return step(self._device, self._padding(ROWS[0]), TOKENS[0])
+
     def takes(self, rows: Sequence[ScheduledRequest]) -> bool:
         """Whether a graph is large enough."""
         return len(rows) <= ROWS[-1] and sum(row.num_tokens for row in rows) <= TOKENS[-1]
