@@ -21,7 +21,7 @@ ENGINES = {"llmkit": BLUE, "vLLM": ORANGE, "nano-vllm": GREEN}
 KERNELS = {"llmkit": BLUE, "FlashAttention-3": ORANGE, "cuDNN": GREEN}
 MARKERS = {1: "o", 8: "^", 64: "s", 256: "D"}
 HEAD_DIM, BF16 = 128, 2
-LATENCIES = (5, 10, 20)
+LATENCIES = (5, 20)
 """Microseconds a layer whose curves are drawn."""
 Row = dict[str, str]
 
