@@ -1,7 +1,7 @@
 # Everything from a bare machine with python3.11+ and make: the first target you ask for makes .venv and installs into it.
 #
 #   make demo     run the main job: grid of prompt length x batch size x max tokens, table and pictures
-#   make test     the whole default test suite
+#   make test     the whole default test suite, on up to four cores
 #   make check    lint, format, types, import contracts, line caps
 #   make bench    pytest-benchmark suites, measured
 #   make nightly  every architecture (writes docs/models.md); random walks, state machines, fault cells, mutants and slow
@@ -32,7 +32,7 @@ demo: $(READY)
 	$(BIN)/python -m llmkit.run scheduler=continuous cache=paged $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

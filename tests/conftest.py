@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Threads cost more than they bring on models this small, and workers side by side would fight for the cores. torch
+# reads this when it is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With torch and transformers loaded a full collection looks at half a million objects, which took a tenth of the suite.
+# On a machine with a GPU they stay as frequent: there they free what engines hold of its memory.
+if not Path("/proc/driver/nvidia/version").exists():
+    gc.set_threshold(50_000, 10, 20)
 
 Install = Callable[..., Path]
 

@@ -46,7 +46,7 @@ FORKED: list[Rows] = [
 
 
 class OnDevice(FlashAttention):
-    """The backend on DEVICE behind an interface on the CPU; unused slots start as NaN."""
+    """The backend on DEVICE behind an interface on the CPU."""
 
     @classmethod
     def check(cls, requirements: AttentionRequirements) -> list[str]:
@@ -62,10 +62,6 @@ class OnDevice(FlashAttention):
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return super().forward(layer, query.to(DEVICE), key.to(DEVICE), value.to(DEVICE)).cpu()
 
-    def fill(self, value: float) -> None:
-        for pool in self._pools:
-            pool.fill_(value)
-
     def spoil(self, blocks: list[int]) -> None:
         """Whoever holds `blocks` now has written NaN."""
         for pool in self._pools:
@@ -77,6 +73,13 @@ class Turned(OnDevice):
 
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return super().forward(layer, query.transpose(0, 1).contiguous().transpose(0, 1), key, value)
+
+
+class Spoilt(Sequences):
+    """Slots that are free hold NaN, which the interpreter would take long to write through the backend."""
+
+    def _spill(self) -> None:
+        self.backend.spoil(self._free)  # type: ignore[attr-defined]
 
 
 def layer(ratio: int = 2, head_dim: int = 64, **options: Any) -> LayerSpec:
@@ -91,10 +94,7 @@ def sequences(
     dtype: torch.dtype = DTYPE,
     backend: type[OnDevice] = OnDevice,
 ) -> Sequences:
-    made = Sequences(backend, layers, dtype, block_size=block_size, num_blocks=num_blocks)
-    assert isinstance(made.backend, OnDevice)
-    made.backend.fill(float("nan"))
-    return made
+    return Spoilt(backend, layers, dtype, block_size=block_size, num_blocks=num_blocks)
 
 
 def run(made: Sequences, steps: list[Rows] = STEPS) -> None:

@@ -13,7 +13,7 @@ import torch
 from llmkit.interfaces.attention import LayerSpec
 from llmkit.interfaces.settings import Settings
 from llmkit_attention.flash.settings import FlashSettings
-from tests.attention.flash_cases import DEVICE, DTYPE, FORKED, HEADS, STEPS, TOLERANCE, OnDevice, layer, run
+from tests.attention.flash_cases import DEVICE, DTYPE, FORKED, HEADS, STEPS, TOLERANCE, OnDevice, Spoilt, layer, run
 from tests.attention.sequences import Sequences, dense
 
 
@@ -33,15 +33,13 @@ def rounded(new: torch.Tensor) -> torch.Tensor:
     return new.float().clamp(-448, 448).to(torch.float8_e4m3fn).to(new.dtype)
 
 
-class Rounded(Sequences):
+class Rounded(Spoilt):
     def kept(self, new: torch.Tensor) -> torch.Tensor:
         return rounded(new)
 
 
 def sequences(layers: list[LayerSpec], block_size: int = 16, num_blocks: int = 40) -> Sequences:
-    made = Rounded(InE4M3, layers, DTYPE, block_size=block_size, num_blocks=num_blocks)
-    made.backend.fill(float("nan"))  # type: ignore[attr-defined]
-    return made
+    return Rounded(InE4M3, layers, DTYPE, block_size=block_size, num_blocks=num_blocks)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -105,7 +103,7 @@ def test_what_e4m3_cannot_hold_and_nan(num_new: int) -> None:
 
 def test_a_block_takes_half_the_memory() -> None:
     made, plain = sequences([layer(2), layer(4, 32)]).backend, OnDevice
-    wide = Sequences(plain, list(made.requirements.layers), DTYPE, block_size=16, num_blocks=40).backend
+    wide = Spoilt(plain, list(made.requirements.layers), DTYPE, block_size=16, num_blocks=40).backend
     assert 2 * made.bytes_per_block() == wide.bytes_per_block()
     taken = sum(pool.numel() * pool.element_size() for pool in made._pools)  # type: ignore[attr-defined]
     assert taken == 40 * made.bytes_per_block() and made._pools[0].device.type == DEVICE.type  # type: ignore[attr-defined]

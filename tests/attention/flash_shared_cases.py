@@ -12,8 +12,8 @@ import torch
 
 from llmkit.interfaces.attention import AttentionBatch, LayerSpec
 from llmkit_attention.flash import sharing
-from tests.attention.flash_cases import DTYPE, HEADS, TOLERANCE, OnDevice, layer
-from tests.attention.sequences import Rows, Sequences, Stored
+from tests.attention.flash_cases import DEVICE, DTYPE, HEADS, TOLERANCE, OnDevice, Spoilt, layer
+from tests.attention.sequences import Rows, Stored
 
 Group = tuple[int, list[int]]
 """Keys that rows have in common, and how many each has besides, its new one included."""
@@ -30,8 +30,20 @@ class Sharing(OnDevice):
         self.depths = found[0] if found else []
 
 
-class Prefixed(Sequences):
+class Prefixed(Spoilt):
     """Sequences some of which begin with the blocks of another."""
+
+    def store(self, name: str, num_keys: int) -> None:
+        """So many keys more for `name`, put where they belong without the kernels, which are not what is tested."""
+        self._grow(name, num_keys)
+        sequence, block_size = self.stored[name], self.requirements.block_size
+        slots = [divmod(place, block_size) for place in range(sequence.length - num_keys, sequence.length)]
+        blocks, places = [sequence.blocks[number] for number, _ in slots], [place for _, place in slots]
+        for number, pool in enumerate(self.backend._pools):  # type: ignore[attr-defined]
+            _, key, value = self.draw(number, num_keys)
+            pool[0, blocks, :, places], pool[1, blocks, :, places] = key.to(DEVICE), value.to(DEVICE)
+            keys, values = sequence.layers[number]
+            sequence.layers[number] = torch.cat([keys, key]), torch.cat([values, value])
 
     def fork(self, name: str, other: str, num_keys: int) -> None:
         """`name` begins with the first `num_keys` of `other`, whole blocks."""
@@ -42,20 +54,19 @@ class Prefixed(Sequences):
 
 
 def grown(groups: list[Group], layers: list[LayerSpec], block_size: int = 16) -> tuple[Prefixed, Rows]:
-    """Sequences ready for a step of one new token each; unused slots are NaN."""
+    """Sequences ready for a step of one new token each."""
     keys = sum(common + sum(own) + len(own) * block_size for common, own in groups)
     made = Prefixed(Sharing, layers, DTYPE, block_size=block_size, num_blocks=keys // block_size + 40)
-    made.backend.fill(float("nan"))  # type: ignore[attr-defined]
     names = []
     for number, (common, own) in enumerate(groups):
         if common:
-            made.step([(f"prefix {number}", common)])
+            made.store(f"prefix {number}", common)
         for row, count in enumerate(own):
             names.append(f"{number} {row}")
             if common:
                 made.fork(names[-1], f"prefix {number}", common)
             if count > 1:
-                made.step([(names[-1], count - 1)])
+                made.store(names[-1], count - 1)
     return made, [(name, 1) for name in names]
 
 
@@ -114,7 +125,7 @@ def test_rows_choose_where_most_is_saved() -> None:
     """All begin alike, some go on alike: those share all of it, the others what is left."""
     made, rows = grown([(64, [300, 200, 250, 400, 350, 270])], [layer(2)])
     made.fork("deep", "prefix 0", 64)
-    made.step([("deep", 384)])
+    made.store("deep", 384)
     for number in range(3):
         made.fork(f"deep {number}", "deep", 448)
         rows = [*rows[: 2 * number], (f"deep {number}", 1), *rows[2 * number :]]
@@ -131,7 +142,7 @@ def test_packs_reach_as_far_as_all_their_rows_agree() -> None:
     """A row that forks earlier, within a tile of the others' prefix."""
     made, rows = grown([(448, [3, 1, 2, 9])], [layer(2)])
     made.fork("early", "prefix 0", 368)
-    made.step([("early", 100)])
+    made.store("early", 100)
     assert made.step([*rows[:2], ("early", 1), *rows[2:]]) <= TOLERANCE
     assert made.backend.depths == [5] * 5  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ import torch
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention import flash_attn, flashinfer, varlen
 from tests.attention import stand_ins
-from tests.attention.sequences import Rows, Sequences, dense
+from tests.attention.sequences import GARBAGE, Rows, Sequences, dense
 
 STEPS: list[Rows] = [
     [("a", 5), ("b", 300)],
@@ -76,12 +76,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return on(torch.device("cpu"), BACKENDS[name])
 
 
+class Filled(Sequences):
+    """Slots that are free hold garbage, put there without attending over it."""
+
+    def _spill(self) -> None:
+        for pool in self.backend._pools:  # type: ignore[attr-defined]
+            pool[:, self._free] = GARBAGE
+
+
 def sequences(
     backend: type[AttentionBackend], layers: list[LayerSpec], dtype: torch.dtype = torch.float64
 ) -> Sequences:
     if backend.__mro__[1] is varlen.VarlenAttention:
         layers = [replace(spec, softcap=None) for spec in layers]
-    return Sequences(backend, layers, dtype, block_size=PAGE, num_blocks=8)
+    return Filled(backend, layers, dtype, block_size=PAGE, num_blocks=8)
 
 
 def run(made: Sequences, steps: list[Rows] = STEPS, tolerance: float = 1e-12) -> None:

@@ -85,10 +85,9 @@ def test_required_option_is_named_by_validation(registry: Registry, workdir: Pat
 
 
 def test_sweep_is_the_product_in_distinct_folders(registry: Registry, workdir: Path) -> None:
-    found = jobs(registry, "-m", "scheduler=glob(*)", "cache=paged,contiguous")
+    found = jobs(registry, "-m", "scheduler=glob([c*,m*])", "cache=paged,contiguous")
     chosen = [(job.raw["scheduler"]["name"], job.raw["cache"]["name"]) for job in found]
-    assert chosen == [(s, c) for s in registry.names("scheduler") for c in ("paged", "contiguous")]
-    assert ("mine", "paged") in chosen
+    assert chosen == [(s, c) for s in ("continuous", "mine") for c in ("paged", "contiguous")]
     assert all(job.is_sweep for job in found)
     assert len({job.run_dir for job in found}) == len(found)
     assert [job.run_dir.name for job in found[:2]] == [

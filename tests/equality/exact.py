@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+FLOAT32 = id(torch.float32)
+"""Tensors among arguments would take being compared for a question about their elements."""
+
 
 class ReallyFloat64(TorchFunctionMode):
     """Inside, transformers' modelling code that asks for float32 gets float64; llmkit's own gets what it asks for."""
@@ -27,8 +30,7 @@ class ReallyFloat64(TorchFunctionMode):
 
 
 def _asks_for_float32(func: Any, args: Any, kwargs: Any) -> bool:
-    wanted = (*args, *kwargs.values())
-    return func is torch.Tensor.float or any(arg is torch.float32 for arg in wanted)
+    return func is torch.Tensor.float or FLOAT32 in map(id, args) or FLOAT32 in map(id, kwargs.values())
 
 
 def _caller() -> str:

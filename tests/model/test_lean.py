@@ -14,12 +14,11 @@ LATE = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "transfo
 RUN = """
 import json, sys
 from llmkit import LLM, SamplingParams
-llm = LLM({model!r}, max_model_len=256)
+llm = LLM({model!r})
 [output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0))
 assert output.error is None, output.error
 """
 LOADED = "print(json.dumps([name for name in {names!r} if name in sys.modules]))"
-TINY = {"name": "qwen3_0_6b", "num_layers": 1}
 
 
 def run(code: str, *folders: Path) -> str:
@@ -43,15 +42,15 @@ def installed(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "model",
-    [pytest.param("embedded", id="checkpoint", marks=pytest.mark.slow), pytest.param(TINY, id="random weights")],
+    [pytest.param("embedded", id="checkpoint", marks=pytest.mark.slow), pytest.param("tiny", id="random weights")],
 )
 def test_the_first_token_needs_no_compiler_and_no_package_that_transformers_happens_to_find(
-    model: object, installed: Path
+    model: str, installed: Path, tiny_model: Path
 ) -> None:
-    assert json.loads(run(RUN.format(model=model) + LOADED.format(names=LATE + HEAVY), installed)) == []
+    assert json.loads(run(RUN.format(model=model) + LOADED.format(names=LATE + HEAVY), installed, tiny_model)) == []
 
 
-def test_what_waited_is_there_when_somebody_wants_it() -> None:
+def test_what_waited_is_there_when_somebody_wants_it(tiny_model: Path) -> None:
     later = """
 import torch, transformers
 from torch.distributed.tensor import DTensor, Shard
@@ -66,7 +65,7 @@ functions = [getattr(f, "fget", f) for f in vars(modeling_utils.PreTrainedModel)
 assert any(map(trace_rules.is_callable_allowed, functions)), "nothing is marked for the compiler"
 print("all there")
 """
-    assert run(RUN.format(model=TINY) + later) == "all there"
+    assert run(RUN.format(model="tiny") + later, tiny_model) == "all there"
 
 
 def test_a_model_whose_methods_are_documented_by_types_that_wait() -> None:
