@@ -55,7 +55,7 @@ class Fairness:
     def _count(self, planner: Planner) -> None:
         """Add what requests have had since the last step to what their tenants had."""
         planner.settle()
-        for view in planner._views.values():
+        for view in self._waiting:  # where everybody begins, also who starts and ends within a step
             self._had.setdefault(view, 0.0)
         for view, before in list(self._had.items()):
             service = self.scheduler.service(view) or 0.0

@@ -87,6 +87,10 @@ def test_who_promises_nothing_may_do_all_of_that(monkeypatch: pytest.MonkeyPatch
     check_scheduler(Latest, seeds=range(10))
 
 
+def test_what_starts_and_ends_within_a_step_counts() -> None:
+    check_scheduler(Fair, caches=[PagedCache], depths=[0], seeds=[1731])
+
+
 def test_tenants_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, compare = [], Fairness._compare
 
