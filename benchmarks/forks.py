@@ -1,10 +1,11 @@
 """What forks bring: n samples of one prompt, with blocks copied and without, prefixes cached and not, in one process.
 
-python benchmarks/forks.py
-python benchmarks/forks.py --samples 16 --prompt-len 1000 --block-size 16
+python -m benchmarks.forks
+python -m benchmarks.forks --samples 16 --prompt-len 1000 --block-size 16
+python -m benchmarks.forks --window 32      # a tiny model, five of whose six layers have that window
 
 All arms share the weights and take turns; every round has a prompt of its own. Prompt tokens computed are those of all
-samples together, blocks the most in use at once.
+samples together, blocks the most in use at once (where layers have unlike windows, of those that see all).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from benchmarks.sliding_window import tiny
 from llmkit import LLM, Registry, SamplingParams, StepEvent, hookimpl
 from llmkit.metrics.environment import environment
 from llmkit_attention.sdpa import SdpaAttention
@@ -88,10 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result as JSON, one line an arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
+    parser.add_argument("--window", type=int)
     for name, default in (("prompt-len", 100), ("samples", 8), ("block-size", 64), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
-    for result in [*compare(options.model, options), environment("cpu")]:
+    reach = options.prompt_len + MAX_TOKENS
+    model = options.model if options.window is None else tiny(options.window, reach, num_layers=6, num_full=1)
+    for result in [*compare(model, options), environment("cpu")]:
         print(json.dumps(result))
     return 0
 

@@ -46,7 +46,7 @@ class ContinuousBatching(Scheduler):
         self._preempted: set[RequestView] = set()
         self._num_beside = 0
         self._runs_all = self._has_default("schedule", "order_running", "chunk", "_continue")
-        self._admits_in_order = self._has_default("order_waiting", "admit", "outranks", "_admit")
+        self._admits_in_order = self._has_default("schedule", "order_waiting", "admit", "outranks", "_admit")
         self._can_displace = not self._has_default("outranks", "_displace")
 
     # The choices -----------------------------------------------------------------------------------------------
@@ -78,6 +78,15 @@ class ContinuousBatching(Scheduler):
     def outranks(self, waiting: RequestView, running: RequestView) -> bool:
         """Whether `waiting` may displace `running` when there is no room for both. Default: never."""
         return False
+
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        """Nobody passes who came first or has run before, unless a subclass chooses who is admitted."""
+        return not self._admits_in_order or self.came_first(started, waiting)
+
+    @staticmethod
+    def came_first(one: RequestView, other: RequestView) -> bool:
+        """Whether `one` is not behind `other` in the queue: who was preempted is in front, then who came first."""
+        return one.num_preemptions > 0 or (not other.num_preemptions and one.arrival_time <= other.arrival_time)
 
     # The mechanism ---------------------------------------------------------------------------------------------
 

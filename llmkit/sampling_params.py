@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from llmkit.errors import ConfigError, explain
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 64
+LogitsProcessor = Callable[[Any, Any], Any]
+"""(tokens so far, int64 [n], logits [V]) -> logits [V]: tensors on the model's device."""
 
 
 class SamplingParams(BaseModel):
@@ -19,6 +23,9 @@ class SamplingParams(BaseModel):
     the usual definitions (repetition: Keskar et al. 2019; presence and frequency: OpenAI's API).
     `seed=None` derives a seed from the engine's seed and the request's number, so runs repeat.
     `logprobs=k` returns the sampled token and the k most likely ones; `prompt_logprobs=k` the same for the prompt.
+    `logits_processors` are functions for what no other field says, a grammar for instance. They run in the engine's
+    process for their own request's rows, in order, behind bias, masks and penalties. One must not write into its
+    tokens; one that fails ends its request with the reason, and one that reads a tensor back waits for the device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +90,10 @@ class SamplingParams(BaseModel):
     )
     prompt_logprobs: int | None = Field(
         default=None, ge=0, le=MAX_LOGPROBS, description="the same for the prompt's tokens"
+    )
+
+    logits_processors: Annotated[tuple[SkipJsonSchema[LogitsProcessor], ...], Field(max_length=16)] = Field(
+        default=(), exclude=True, description="functions (tokens so far [n], logits [V]) -> logits [V]; Python only"
     )
 
     @field_validator("stop", mode="before")

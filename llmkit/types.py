@@ -123,12 +123,14 @@ class BlockCopies(NamedTuple):
     """Copies within the KV pool, and between it and host memory, before the step's rows run.
 
     First `saves`, (block of the pool, block of the host), then `forks`, all read before any is written, then
-    `restores`, (block of the host, block of the pool).
+    `restores`, (block of the host, block of the pool). `more_forks` are the `forks` of further groups of layers, each
+    within the group's own pool; empty if nobody is forked.
     """
 
     saves: tuple[tuple[int, int], ...] = ()
     restores: tuple[tuple[int, int], ...] = ()
     forks: tuple[BlockCopy, ...] = ()
+    more_forks: tuple[tuple[BlockCopy, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -149,11 +151,13 @@ class StepPlan:
     more_edits: tuple[Edits, ...] = ()
 
     def of_group(self, number: int) -> StepPlan:
-        """The same step with the edits of group `number`, 0 for the first."""
+        """The same step with the edits and the copies of group `number`, 0 for the first."""
         if not number:
             return self
         edits = self.more_edits[number - 1] if self.more_edits else ()
-        return StepPlan(self.step_id, self.scheduled, self.admissions, edits, self.copies)
+        forks = self.copies.more_forks if self.copies is not None else ()
+        copies = BlockCopies(forks=forks[number - 1]) if forks else None
+        return StepPlan(self.step_id, self.scheduled, self.admissions, edits, copies)
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.device_timer import DeviceTimer
 from llmkit.engine.engine import Engine
 from llmkit.engine.executor import TorchExecutor
+from llmkit.engine.grouped_attention import backends_of
 from llmkit.engine.inputs import InputBuilder
 from llmkit.engine.limits import EngineLimits
 from llmkit.engine.memory import choose_num_blocks
@@ -81,7 +82,7 @@ def build_engine(
     engine_limits = EngineLimits(model.architecture.vocab_size, max_model_len, model.eos_token_ids, bound_by)
     num_tokens = min(limits.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
     host = _host_pool(executor, allocator.spec, settings.swap_gib, num_tokens) if settings.swap_gib else None
-    planner = Planner(scheduler, allocator, host, backend.copies_blocks)
+    planner = Planner(scheduler, allocator, host, all(one.copies_blocks for one in backends_of(backend)))
     return Engine(planner, executor, engine_limits, clock or MonotonicClock(), hooks, depth)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmkit.engine.decode_graph import DecodeGraphs, is_decode
 from llmkit.engine.device_timer import DeviceTimer
-from llmkit.engine.grouped_attention import GroupedBatch
+from llmkit.engine.grouped_attention import GroupedBatch, backends_of
 from llmkit.engine.inputs import InputBuilder, PackedInputs, slots_and_starts
 from llmkit.engine.repeats import num_repeated_keys
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch
@@ -73,6 +73,7 @@ class TorchExecutor:
         self.graphs = graphs
         self.timer = timer
         self.more_inputs = tuple(more_inputs)
+        self._backends = backends_of(backend)
         self._counts_repeats = backend.reads_once(tokens.numel())
         self._admissions: dict[int, Admission] = {}
         self._with_prompt_logprobs: set[int] = set()
@@ -119,8 +120,9 @@ class TorchExecutor:
         """Blocks to the host, to other blocks, and back from the host, in the same queue as the steps."""
         if copies.saves:
             self.backend.save_blocks(*zip(*copies.saves, strict=True))
-        if copies.forks:
-            self.backend.copy_blocks(copies.forks)
+        for backend, forks in zip(self._backends, (copies.forks, *copies.more_forks), strict=False):
+            if forks:
+                backend.copy_blocks(forks)
         if copies.restores:
             self.backend.restore_blocks(*zip(*copies.restores, strict=True))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmkit.interfaces.cache import CacheSpec
+from llmkit.interfaces.cache import CacheAllocator
 from llmkit.types import Request, RequestStatus
 
 
@@ -16,11 +17,12 @@ class Fork(NamedTuple):
 
 
 class Forks:
-    """Knows the samples of each prompt, as long as they live. If not `is_on`, it knows nobody."""
+    """Knows the samples of each prompt, as long as they live. If not `is_on`, or if no fork works in one of the
+    `groups`, it knows nobody."""
 
-    def __init__(self, spec: CacheSpec, is_on: bool) -> None:
-        self.is_on = is_on
-        self._spec = spec
+    def __init__(self, groups: Sequence[CacheAllocator], is_on: bool) -> None:
+        self.is_on = is_on and all(group.forks for group in groups)
+        self._groups = groups
         self._families: dict[Request, dict[Request, None]] = {}  # a sample: all of its prompt, in order
 
     def add(self, request: Request, other: Request) -> None:
@@ -46,11 +48,15 @@ class Forks:
         if family is None or not is_waiting or request.sampling_params.prompt_logprobs is not None:
             return None
         num_tokens = min(request.num_prompt_tokens, request.num_tokens - 1)
-        num_hidden = self._spec.num_hidden_blocks(num_tokens)
         for parent in family:
-            if is_computed(parent) and parent.num_released_blocks <= num_hidden:
+            if is_computed(parent) and self._holds(parent, num_tokens):
                 return Fork(parent, num_tokens)
         return None
+
+    def _holds(self, parent: Request, num_tokens: int) -> bool:
+        """Whether no group has released a block of `parent` that a query at `num_tokens` sees."""
+        groups = self._groups
+        return all(group.num_released_blocks(parent) <= group.spec.num_hidden_blocks(num_tokens) for group in groups)
 
 
 def is_computed(request: Request) -> bool:

@@ -101,3 +101,8 @@ class GroupedAttention(AttentionBackend):
     def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         backend, place = self._of_layer[layer]
         return backend.forward(place, query, key, value)
+
+
+def backends_of(backend: AttentionBackend) -> tuple[AttentionBackend, ...]:
+    """The backends of a model's layers, one for each group of them; mostly it is the only one."""
+    return backend.backends if isinstance(backend, GroupedAttention) else (backend,)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llmkit.interfaces.cache import CacheAllocator, CacheStats
-from llmkit.types import Request
+from llmkit.types import BlockCopy, Request
+
+Forked = tuple[tuple[BlockCopy, ...], ...]
+"""What is copied in each group, in order, for a request that was forked."""
 
 
 class GroupedCache(CacheAllocator):
     """`groups` of one class and block size, those who see furthest first; each has a pool and tables of its own.
 
     What is asked of it, counts and the block table, is the first group's; tables of all have the same length. Every
-    request holds its tokens in all of them or in none, and a cached prefix is one that all of them find. Nothing is
-    forked.
+    request holds its tokens in all of them or in none, and a cached prefix is one that all of them find. Requests are
+    forked by `fork_all`, since each group has copies of its own.
     """
 
     is_groupable = False
@@ -56,6 +59,20 @@ class GroupedCache(CacheAllocator):
             return self._all(lambda group: group.allocate(request, upto), lambda group: group.truncate(request, reach))
         most = self.match(request)
         return self._all(lambda group: group.allocate_within(request, upto, most), lambda group: group.free(request))
+
+    def fork_all(self, request: Request, parent: Request, num_tokens: int, upto: int) -> Forked | None:
+        """`CacheAllocator.fork` in all groups or in none; whose room does not suffice is asked first, as above."""
+        num_own = -(-upto // self.spec.block_size) - num_tokens // self.spec.block_size
+        if any(num_own > group.stats().num_unowned_blocks for group in self.groups):
+            return None
+        copies: list[tuple[BlockCopy, ...]] = []
+
+        def take(group: CacheAllocator) -> bool:
+            found = group.fork(request, parent, num_tokens, upto)
+            copies.append(found or ())
+            return found is not None
+
+        return tuple(copies) if self._all(take, lambda group: group.free(request)) else None
 
     def _all(self, take: Callable[[CacheAllocator], bool], undo: Callable[[CacheAllocator], None]) -> bool:
         """Whether all groups take; undone for those that did where one does not, or fails."""
@@ -105,3 +122,13 @@ class GroupedCache(CacheAllocator):
 def groups_of(cache: CacheAllocator) -> tuple[CacheAllocator, ...]:
     """The allocators of a cache, one for each group of layers; mostly it is the only one."""
     return cache.groups if isinstance(cache, GroupedCache) else (cache,)
+
+
+def fork_in_groups(
+    cache: CacheAllocator, request: Request, parent: Request, num_tokens: int, upto: int
+) -> Forked | None:
+    """`CacheAllocator.fork` for a cache of one group or several."""
+    if isinstance(cache, GroupedCache):
+        return cache.fork_all(request, parent, num_tokens, upto)
+    copies = cache.fork(request, parent, num_tokens, upto)
+    return None if copies is None else (copies,)

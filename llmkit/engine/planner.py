@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from itertools import chain
 
 from llmkit.engine.residency import Residency
 from llmkit.engine.scheduling import PlannedStep
@@ -201,12 +202,15 @@ class Planner:
 
     def _copies(self, step_id: int, step: PlannedStep, edits: Edits) -> BlockCopies | None:
         """What is copied for forks, to host memory and back; who starts has been sent its whole block table."""
-        forks = tuple([copy for view in step.admitted for copy in step.copies[view]]) if step.admitted else ()
+        forked = [step.copies[view] for view in step.admitted if step.copies[view]]
+        forks = [tuple(chain.from_iterable(group)) for group in zip(*forked, strict=True)] if forked else []
         copies = None
         if self.host is not None and (step.admitted or self.host.has_to_save):
             tables = {edit.slot: edit.blocks for edit in edits}
             copies = self.host.copies(step_id, [(view._request, tables[view._request.slot]) for view in step.admitted])
-        return (copies or BlockCopies())._replace(forks=forks) if forks else copies
+        if not any(forks):
+            return copies
+        return (copies or BlockCopies())._replace(forks=forks[0], more_forks=tuple(forks[1:]))
 
     def forget_saved(self, plan: StepPlan) -> None:
         """A step has failed as a whole: nobody can rely on what it was to save."""

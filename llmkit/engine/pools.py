@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from llmkit.engine.grouped_attention import GroupedAttention, divide, layer_groups
+from llmkit.engine.grouped_attention import GroupedAttention, backends_of, divide, layer_groups
 from llmkit.engine.grouped_cache import GroupedCache, groups_of
 from llmkit.engine.memory import blocks_of_window, divide_blocks
 from llmkit.interfaces.attention import AttentionBackend, AttentionRequirements
@@ -63,9 +63,8 @@ def build_allocator(
 
 def allocate_pools(backend: AttentionBackend, allocator: CacheAllocator) -> None:
     """Memory for the blocks that `allocator` divides, of every group."""
-    backends = backend.backends if isinstance(backend, GroupedAttention) else (backend,)
     specs = [group.spec for group in groups_of(allocator)]
-    for one, spec in zip(backends, specs, strict=True):
+    for one, spec in zip(backends_of(backend), specs, strict=True):
         one.allocate(spec.num_blocks)
     if len(specs) > 1:
         log.info("blocks of layers, by window: %s", [(spec.window, spec.num_blocks) for spec in specs])

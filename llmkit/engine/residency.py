@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from llmkit.engine.containment import Containment
 from llmkit.engine.forks import Forks
-from llmkit.engine.grouped_cache import groups_of
+from llmkit.engine.grouped_cache import Forked, fork_in_groups, groups_of
 from llmkit.engine.swapping import HostPool
 from llmkit.interfaces.cache import CacheAllocator
-from llmkit.types import BlockCopy, BlockTableEdit, Edits, Request
+from llmkit.types import BlockTableEdit, Edits, Request
 
 UNLIMITED = 1 << 30
 
@@ -39,8 +39,8 @@ class Residency:
         self, allocator: CacheAllocator, max_num_seqs: int, host: HostPool | None = None, forks: bool = True
     ) -> None:
         self.allocator = allocator
-        self.forks = Forks(allocator.spec, forks and allocator.forks)
         self.groups = groups_of(allocator)
+        self.forks = Forks(self.groups, forks)
         self.has_groups = len(self.groups) > 1
         self._unbound = [group for group in self.groups if group.max_num_tokens is None]
         self.host = host
@@ -75,11 +75,11 @@ class Residency:
         """Leading tokens of a waiting request whose KV is in the pool."""
         return self.find(request).num_pooled
 
-    def start(self, request: Request, found: Found, upto: int) -> tuple[BlockCopy, ...] | None:
+    def start(self, request: Request, found: Found, upto: int) -> Forked | None:
         """Cover positions below `upto` with blocks, behind what was found. What the step must copy; None: no room."""
         if found.parent is None:
             return () if self.reserve(request, upto) else None
-        copies = self.allocator.fork(request, found.parent, found.num_pooled, upto)
+        copies = fork_in_groups(self.allocator, request, found.parent, found.num_pooled, upto)
         if copies is not None:
             self._count_blocks(request)
         return copies

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from llmkit.engine.grouped_cache import Forked
 from llmkit.engine.residency import Residency
 from llmkit.errors import PluginError
 from llmkit.interfaces.scheduler import DenialReason, Denied, Grant, RequestView, grant
-from llmkit.types import BlockCopy, RequestStatus
+from llmkit.types import RequestStatus
 
 NO_BLOCKS = Denied(DenialReason.NO_BLOCKS)
 NO_TOKENS = Denied(DenialReason.NO_TOKENS)
@@ -24,7 +25,7 @@ class PlannedStep:
         self.admitted: list[RequestView] = []
         self.preempted: list[RequestView] = []
         self.rejected: dict[RequestView, str] = {}
-        self.copies: dict[RequestView, tuple[BlockCopy, ...]] = {}
+        self.copies: dict[RequestView, Forked] = {}
         self._residency = residency
         self._block_size = residency.block_size
         self._is_open = True

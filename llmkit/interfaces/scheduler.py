@@ -266,3 +266,20 @@ class Scheduler(ABC):
         blocks run short `schedule` is called after all. Default: False, `schedule` is called for every step.
         """
         return False
+
+    # What it promises of fairness. The engine does not ask; `llmkit.testing` does after every step of a walk.
+
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        """Whether a step at `now` may have started one of two waiting requests and left the other.
+
+        A bound on how long somebody may be passed over belongs here. Default: True, nothing is promised.
+        """
+        return True
+
+    def service(self, request: RequestView) -> float | None:
+        """How much `request` has had of what tenants have equal shares of; it grows with what is computed.
+
+        While two tenants both have requests left waiting, one may be ahead of the other by what the two had since they
+        last started one, no more. Default: None, nobody has a share.
+        """
+        return None

@@ -5,8 +5,9 @@ The book knows nothing of how the allocator works. It drives both the random wal
 
 from __future__ import annotations
 
+from llmkit.engine.grouped_cache import fork_in_groups, groups_of
 from llmkit.interfaces.cache import CacheAllocator
-from llmkit.types import Request
+from llmkit.types import BlockCopy, Request
 
 
 class Ledger:
@@ -14,6 +15,7 @@ class Ledger:
 
     def __init__(self, cache: CacheAllocator) -> None:
         self.cache = cache
+        self.groups = groups_of(cache)
         self.block_size = cache.spec.block_size
         self.tables: dict[str, list[int]] = {}
         self.released: dict[str, int] = {}
@@ -69,34 +71,42 @@ class Ledger:
     def fork(self, request: Request, parent: Request, more: int) -> bool:
         """Start a request on all that it can have of another, and reserve for `more` tokens; whether that came about.
 
-        What is full is shared and the rest its own, the first of it copied; all or nothing.
+        What is full is shared and the rest its own, the first of it copied; all or nothing, in every group of layers.
         """
-        num_tokens = self._num_common(request, parent) if self.cache.forks else 0
+        num_tokens = self._num_common(request, parent) if all(group.forks for group in self.groups) else 0
         if not num_tokens or num_tokens >= request.max_num_tokens:
             return False
-        before, theirs, owned = self._snapshot(), self.table(parent), self.cache.census().keys()
+        before, owned = self._snapshot(), [group.census().keys() for group in self.groups]
         upto = min(num_tokens + more, request.max_num_tokens)
-        copies = self.cache.fork(request, parent, num_tokens, upto)
-        table, (num_full, num_left) = list(self.cache.block_table(request)), divmod(num_tokens, self.block_size)
-        what = f"fork({request.request_id}, {parent.request_id}, {num_tokens}, {upto}) of {theirs}"
-        if copies is None:
+        forked = fork_in_groups(self.cache, request, parent, num_tokens, upto)
+        table, num_full = list(self.cache.block_table(request)), num_tokens // self.block_size
+        what = f"fork({request.request_id}, {parent.request_id}, {num_tokens}, {upto})"
+        if forked is None:
             assert self._snapshot() == before, f"{what} was refused, but left {table}"
             return False
         self.tables[request.request_id], self._requests[request.request_id] = table, request
         self._take_released(request, num_tokens)
-        first = self.num_released(request)
-        assert table[first:num_full] == theirs[first:num_full], f"{what} shares {table}"
-        assert not owned & {*table[num_full:]}, f"{what} takes blocks of others: {table}"
-        assert len(table) * self.block_size >= upto, f"{what} was granted, but {table} is too short"
-        wanted = [(theirs[num_full], table[num_full], num_left)] if num_left else []
-        assert list(copies) == wanted, f"{what} as {table} copies {copies}"
+        for group, taken, copies in zip(self.groups, owned, forked, strict=True):
+            theirs, mine = list(group.block_table(parent)), list(group.block_table(request))
+            assert not taken & {*mine[num_full:]}, f"{what} of {theirs} takes blocks of others: {mine}"
+            assert len(mine) * self.block_size >= upto, f"{what} was granted, but {mine} is too short"
+            self._check_forked(what, theirs, mine, num_tokens, group.num_released_blocks(request), copies)
         for block in table[num_full:]:
             self._contents.pop(block, None)
-        self._contents |= {block: (request.tenant, tuple(request.token_ids[:num_tokens])) for _, block, _ in copies}
+        self._contents |= {block: (request.tenant, tuple(request.token_ids[:num_tokens])) for _, block, _ in forked[0]}
         self.num_valid[request.request_id] = num_tokens
         self.num_forks += 1
         self.check()
         return True
+
+    def _check_forked(
+        self, what: str, theirs: list[int], mine: list[int], num_tokens: int, first: int, copies: tuple[BlockCopy, ...]
+    ) -> None:
+        """Of tables of one group: from block `first` on what is full is shared, and what is left over is copied."""
+        num_full, num_left = divmod(num_tokens, self.block_size)
+        assert mine[first:num_full] == theirs[first:num_full], f"{what} of {theirs} shares {mine}"
+        wanted = [(theirs[num_full], mine[num_full], num_left)] if num_left else []
+        assert list(copies) == wanted, f"{what} of {theirs} as {mine} copies {copies}"
 
     def _num_common(self, request: Request, parent: Request) -> int:
         """Tokens on which `request` can be forked from `parent`; its last one is always left."""
@@ -105,7 +115,10 @@ class Ledger:
         most = min(self.num_valid.get(parent.request_id, 0), request.num_tokens - 1)
         pairs = zip(request.token_ids[:most], parent.token_ids, strict=False)
         num_common = next((at for at, (one, other) in enumerate(pairs) if one != other), most)
-        return num_common if self.num_released(parent) <= self.cache.spec.num_hidden_blocks(num_common) else 0
+        is_held = all(
+            group.num_released_blocks(parent) <= group.spec.num_hidden_blocks(num_common) for group in self.groups
+        )
+        return num_common if is_held else 0
 
     def commit(self, request: Request, num_computed_tokens: int) -> None:
         """Publishing computed tokens moves no block of anybody, but may release those that are seen no more."""
@@ -202,4 +215,4 @@ class Ledger:
 
     def _snapshot(self) -> tuple[object, ...]:
         tables = {name: list(self.cache.block_table(request)) for name, request in self._requests.items()}
-        return tables, self.cache.stats(), self.cache.census()
+        return tables, [(group.stats(), group.census()) for group in self.groups]

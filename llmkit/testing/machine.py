@@ -116,12 +116,15 @@ class WalkMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         priority=st.integers(0, 2),
         num_more=st.integers(0, 2),
+        tenant=st.sampled_from(("", "a")),
     )
-    def add(self, prompt: list[int], max_tokens: int, ignore_eos: bool, priority: int, num_more: int) -> None:
+    def add(
+        self, prompt: list[int], max_tokens: int, ignore_eos: bool, priority: int, num_more: int, tenant: str
+    ) -> None:
         name, now = str(self.num_requests), self.walk.clock.now()
         self.num_requests += 1
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-        self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority), num_more)
+        self.apply(Rule.ADD, name, Request(name, prompt, params, now, priority, tenant), num_more)
 
     @rule(number=st.integers(0, 9), seed=st.integers(1, 4))
     def fork(self, number: int, seed: int) -> None:

@@ -31,8 +31,8 @@ def check_scheduler(
 
     Checked: every request gets exactly the tokens it would get alone; blocks, slots and token counts add up after
     every step; everything comes back at the end; no step schedules nothing while something could run; tokens keep
-    coming; no member looks like a misspelt override. `options` fix settings of the scheduler, the limits are drawn.
-    Returns what the walks went through.
+    coming; what it promises of fairness (`may_pass`, `service`) holds; no member looks like a misspelt override.
+    `options` fix settings of the scheduler, the limits are drawn. Returns what the walks went through.
     """
     assert not complaints(scheduler), "; ".join(complaints(scheduler))
     coverage = Coverage()

@@ -23,6 +23,7 @@ from llmkit.interfaces.scheduler import RequestQueue, RequestView, Scheduler, Sc
 from llmkit.testing.chaos import Chaos, ChaosError
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.expected import Expectations
+from llmkit.testing.fairness import Fairness
 from llmkit.testing.grouped import GroupedOracle
 from llmkit.testing.invariants import Books, check_empty, check_planner
 from llmkit.testing.liveness import Liveness
@@ -66,6 +67,7 @@ class Walk:
     is_broken: bool = False
     _expected: Expectations = field(init=False)
     _liveness: Liveness = field(init=False)
+    _fairness: Fairness = field(init=False)
     _books: Books = field(default_factory=Books)
     _looks: bool = True
     _num_known: int | None = None
@@ -85,6 +87,7 @@ class Walk:
         self.engine = Engine(planner, executor, limits, self.clock, depth=self.depth)
         self._expected = Expectations(limits, world.faults, isinstance(self.scheduler, Chaos), self.coverage)
         self._liveness = Liveness(self.depth, self.is_strict)
+        self._fairness = Fairness(self.scheduler)
 
     def _limits(self) -> EngineLimits:
         """The world's, as far as the cache can serve them."""
@@ -227,6 +230,7 @@ class Walk:
         num_launched = executor.num_steps
         num_known = self._num_known_tokens() if self._num_known is None else self._num_known
         candidates = self._liveness.candidates(planner) if self._looks else []
+        self._fairness.before_step(planner)
         try:
             outputs = engine.step()
         except ChaosError:
@@ -238,8 +242,10 @@ class Walk:
             if ended is not None:
                 self._liveness.check_end(ended)
         has_launched = executor.num_steps > num_launched
-        if has_launched:
-            self._check_limits(executor.history[-1])
+        plan = executor.history[-1] if has_launched else None
+        if plan is not None:
+            self._check_limits(plan)
+        self._fairness.after_step(planner, plan, self.clock.now())
         self.coverage.num_steps += 1
         self._looks = self.coverage.num_steps % self.world.looks_every == 0
         self._check()

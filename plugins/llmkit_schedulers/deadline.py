@@ -67,6 +67,9 @@ class Deadline(ContinuousBatching):
     def order_running(self, running: Sequence[RequestView], now: float) -> Sequence[RequestView]:
         return sorted(running, key=self.rank)
 
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        return self.rank(started) <= self.rank(waiting)
+
     def admit(self, request: RequestView, step: SchedulingStep) -> bool:
         if request.deadline is None or request.status is not RequestStatus.WAITING:
             return True

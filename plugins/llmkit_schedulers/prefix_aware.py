@@ -33,5 +33,10 @@ class PrefixAware(ContinuousBatching):
         yield from sorted(fresh, key=lambda request: -request.num_cached_tokens)
         yield from waiting[lookahead:]
 
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        assert isinstance(self.settings, PrefixAwareSettings)
+        latest = now - self.settings.max_wait_seconds
+        return started.arrival_time < latest or waiting.arrival_time >= latest
+
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
         return super().repeats(num_waiting and num_free_seqs, num_free_seqs)  # nobody is displaced

@@ -38,6 +38,12 @@ class Priority(ContinuousBatching):
     def outranks(self, waiting: RequestView, running: RequestView) -> bool:
         return self.rank(waiting) < self.rank(running)
 
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        """Who came later, by as much as the levels between the two are worth."""
+        assert isinstance(self.settings, PrioritySettings)
+        levels = waiting.priority - started.priority
+        return started.arrival_time - waiting.arrival_time <= levels * self.settings.ageing_seconds
+
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
         """Ranks do not change, and the order of those who run only matters when somebody has to give way."""
         return not num_waiting

@@ -38,5 +38,9 @@ class ShortestJobFirst(ContinuousBatching):
     def victim(self, candidates: Sequence[RequestView], step: SchedulingStep) -> RequestView:
         return max(reversed(candidates), key=self.rank)  # of equals the latest, or they would evict each other in turn
 
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        assert isinstance(self.settings, ShortestJobFirstSettings)
+        return started.arrival_time - waiting.arrival_time <= self.settings.max_seconds
+
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
         return super().repeats(num_waiting and num_free_seqs, num_free_seqs)  # nobody is displaced

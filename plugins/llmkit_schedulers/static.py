@@ -15,6 +15,9 @@ class Static(ContinuousBatching):
     def admit(self, request: RequestView, step: SchedulingStep) -> bool:
         return self._is_filling
 
+    def may_pass(self, started: RequestView, waiting: RequestView, now: float) -> bool:
+        return self.came_first(started, waiting)
+
     def repeats(self, num_waiting: int, num_free_seqs: int) -> bool:
         """Nobody joins those who decode."""
         return True

@@ -9,8 +9,9 @@ import pytest
 from benchmarks.forks import main
 
 
-def test_it_counts_what_is_computed_and_held(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--prompt-len", "20", "--samples", "3", "--block-size", "16", "--rounds", "1"]) == 0
+@pytest.mark.parametrize("layers", [[], ["--window", "16"]])
+def test_it_counts_what_is_computed_and_held(layers: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prompt-len", "20", "--samples", "3", "--block-size", "16", "--rounds", "1", *layers]) == 0
     first, *arms, where = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["rounds"] == 2 and where["num_cpus"]
     found = {(arm["forks"], arm["cache.prefix"]): (arm["prompt_tokens_computed"], arm["most_blocks"]) for arm in arms}

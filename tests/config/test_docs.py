@@ -67,7 +67,7 @@ def test_errors_are_quoted_as_they_are(workdir: Path) -> None:
 def test_code_of_the_plugin_page_runs() -> None:
     namespace: dict[str, object] = {"__name__": "page"}
     found = blocks(WRITING, "python")
-    assert len(found) == 5
+    assert len(found) == 6
     for block in found:
         exec(block, namespace)
     registry, _ = load_plugins([type("Page", (), {"llmkit_register": staticmethod(namespace["llmkit_register"])})()])

@@ -92,9 +92,18 @@ def test_replay_equals_eager(model: LoadedModel, num_rows: int, depth: int) -> N
 
 @pytest.mark.cuda
 def test_rows_that_sample_or_ask_for_more(model: LoadedModel) -> None:
-    asks = [{}, {"temperature": 0.8, "seed": 3}, {"logprobs": 2}, {"min_tokens": 5}, {"repetition_penalty": 1.3}]
-    params = [SamplingParams(max_tokens=12, **({"temperature": 0.0} | ask)) for ask in asks]  # type: ignore[arg-type]
-    assert generate(model, 5, params, depth=1) == generate(model, 5, params, graphs=False, depth=0)
+    def fail(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits[1:] if len(token_ids) > 35 else logits
+
+    asks: list[dict[str, Any]] = [
+        {}, {"temperature": 0.8, "seed": 3}, {"logprobs": 2}, {"min_tokens": 5}, {"repetition_penalty": 1.3},
+        {"logits_processors": (lambda token_ids, logits: logits.index_fill(0, token_ids, -torch.inf),)},
+        {"logits_processors": (fail,), "temperature": 0.8},
+    ]  # fmt: skip
+    params = [SamplingParams(max_tokens=12, **({"temperature": 0.0} | ask)) for ask in asks]
+    outputs = generate(model, 7, params, depth=1)
+    assert outputs == generate(model, 7, params, graphs=False, depth=0)
+    assert len(outputs[6]) == 5, "its prompt has 31 tokens; it fails with 36"
 
 
 @pytest.mark.cuda

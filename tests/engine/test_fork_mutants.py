@@ -15,13 +15,13 @@ from llmkit_caches.sharing import SharingCache
 from tests.testing.test_mutants import Bug, plant
 
 FORKS: dict[str, Bug] = {
-    "nothing is copied": (Planner._copies, "if forks else copies", "if False else copies"),
+    "nothing is copied": (Planner._copies, "if not any(forks):", "if True:"),
     "copies come a step late": (
         Planner._copies,
         "copies = None",
-        "copies = None; self.late, forks = forks, getattr(self, 'late', ())",
+        "copies = None; self.late, forks = forks, getattr(self, 'late', [])",
     ),
-    "only the first fork of a step is copied": (Planner._copies, "in step.admitted for", "in step.admitted[:1] for"),
+    "only the first fork of a step is copied": (Planner._copies, "in step.admitted if", "in step.admitted[:1] if"),
     "another block is copied": (SharingCache.fork, "BlockCopy(theirs[num_shared]", "BlockCopy(theirs[num_shared - 1]"),
     "a block is copied elsewhere": (SharingCache.fork, ", table[num_shared], num_left", ", table[-1], num_left"),
     "one token is not copied": (SharingCache.fork, "num_left),)", "num_left - 1),)"),
@@ -35,11 +35,7 @@ FORKS: dict[str, Bug] = {
     "a fork is not all or nothing": (SharingCache.fork, "return None", "pass"),
     "shared blocks count as unpublished": (SharingCache.fork, "num_shared if self._is_on else 0", "0"),
     "what is released counts as held": (SharingCache.fork, "if num_released:", "if False:"),
-    "what the parent has released is shared": (
-        Forks.find,
-        "parent.num_released_blocks <= num_hidden",
-        "True",
-    ),
+    "what the parent has released is shared": (Forks._holds, "return all(", "return True or all("),
     "the last token is not run": (Forks.find, "request.num_tokens - 1", "request.num_tokens"),
     "who has computed half of the prompt is a parent": (
         forks.is_computed,

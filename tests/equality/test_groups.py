@@ -167,16 +167,25 @@ def test_a_prefix_is_found_where_all_groups_have_it(cache: str, num_blocks: int)
     check_nothing_left(llm)
 
 
-def test_samples_of_a_prompt_find_it_in_every_group() -> None:
-    """They are not forked, but wait for the first of them and then start behind its full blocks."""
-    llm = build("gemma2", "paged", 1, 90)
-    assert not llm.engine.planner._residency.forks.is_on
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_samples_of_a_prompt_are_forked_in_every_group(cache: str, depth: int) -> None:
+    """They share all of the prompt but its last token, and copy what is not full; nobody reads a block given up."""
+    llm = build("gemma2", cache, depth, 90)
+    tap, peaks = Tap(llm), Peaks(llm, spoils=cache == "paged without prefix")
     with ReallyFloat64():
-        (output,) = llm.generate([prompts(LENGTHS)[1]], PARAMS.model_copy(update={"n": 3}))
-    for completion, num_cached in zip(output.completions, (0, 30, 30), strict=True):
-        assert list(completion.token_ids) == wanted("gemma2")[1].token_ids
-        assert completion.metrics.num_cached_tokens == num_cached
+        outputs = [llm.generate([prompts(LENGTHS)[at]], PARAMS.model_copy(update={"n": 3}))[0] for at in (1, 2)]
+    for output, at in zip(outputs, (1, 2), strict=True):
+        num_found = LENGTHS[at] - 1
+        for completion, num_cached in zip(output.completions, (0, num_found, num_found), strict=True):
+            assert list(completion.token_ids) == wanted("gemma2")[at].token_ids
+            assert completion.metrics.num_cached_tokens == num_cached
+    (copies,) = [plan.copies for plan in tap.plans if plan.copies is not None]
+    assert [len(forks) for forks in (copies.forks, *copies.more_forks)] == [2, 2], "the first prompt ends with a block"
+    assert {copy.num_tokens for forks in (copies.forks, *copies.more_forks) for copy in forks} == {2}
+    assert peaks.of_one[1] < peaks.of_one[0]
     check_nothing_left(llm)
+    assert all(not group.stats().num_used_blocks for group in peaks.groups)
 
 
 def test_what_holds_everything_is_not_grouped() -> None:

@@ -125,7 +125,8 @@ def set_trap(engine: Engine, trap: Trap) -> None:
     hook, planner = trap.cell.hook, engine.planner
     if hook in ("match", "num_missing_blocks", "allocate", "fork", "commit", "free", "block_table", "stats"):
         own = hook != "stats"
-        allocator = groups_of(planner.allocator)[0]
+        groups = groups_of(planner.allocator)
+        allocator = groups[trap.cell.seed % len(groups) if hook == "fork" else 0]
         call = getattr(allocator, hook)
         setattr(allocator, hook, trap.around(call, lambda *args: not own or args[0].request_id == FAULTY))
     elif hook == "schedule":

@@ -40,10 +40,10 @@ def write_page(
         "run; `make nightly` writes it anew, and [models.md](models.md), which goes through every architecture.",
         _totals(tallies, budget),
         "Each step of a walk is checked: every token against what its request would get alone, every query against the "
-        "tags of its own prefix, tables against the census, slots, queues, limits, contents and progress. Worlds have "
-        "4 to 24 blocks of 1 to 8 tokens, mostly two or three different tokens, and prompts that begin alike. "
-        "`python -m tests.nightly.replay SCHEDULER CACHE SEED --depth DEPTH` repeats a walk by its seed, and takes it "
-        "through the state machine.",
+        "tags of its own prefix, tables against the census, slots, queues, limits, contents, progress, and what the "
+        "scheduler promises of fairness. Worlds have 4 to 24 blocks of 1 to 8 tokens, mostly two or three different "
+        "tokens, and prompts that begin alike. `python -m tests.nightly.replay SCHEDULER CACHE SEED --depth DEPTH` "
+        "repeats a walk by its seed, and takes it through the state machine.",
         _table(tallies),
         "## Fault cells",
         "A cell is one exception at one call of one hook, beside 31 witnesses whose tokens must be those of a run "

@@ -30,6 +30,14 @@ BUGS: dict[str, tuple[Bug, Check]] = {
     "fair: leaving clears a debt": (
         (Fair._charge, "if t in present or count > self._floor", "if t in present"),
         test_fair.test_leaving_clears_no_debt),
+    "fair: an empty queue forgets who was there": (
+        (Fair._charge, "stayed or self._latest", "stayed"), test_fair.test_absence_saves_nothing_up_while_nobody_waits),
+    "fair: who only runs has not been away": (
+        (Fair._left_waiting, "RUNNING}", "RUNNING} | {one.tenant for one in queue.running}"),
+        test_fair.test_a_tenant_that_only_runs_is_away_as_well),
+    "fair: who has nobody left waiting has not been away": (
+        (Fair._left_waiting, "if request.status is not RequestStatus.RUNNING", ""),
+        test_fair.test_a_tenant_whose_requests_start_at_once_saves_nothing_up),
     "fair: counters are kept for ever": (
         (Fair._charge, "if t in present or count > self._floor", ""),
         test_fair.test_tenants_that_owe_nothing_are_forgotten),

@@ -14,6 +14,7 @@ from llmkit.model.sampling.chunks import rows_at_once
 from llmkit.model.sampling.edits import BatchEdits, SlotEdits
 from llmkit.model.sampling.nucleus import Filters, is_filtered
 from llmkit.model.sampling.penalties import Penalties, is_penalised
+from llmkit.model.sampling.processors import Processors
 from llmkit.model.sampling.transfer import to_device
 from llmkit.types import SamplingParams
 
@@ -43,17 +44,18 @@ class Slot:
 class Group:
     """Rows of the batch treated alike: `rows` on the host, `index` the same as a slice or int64 on the device.
 
-    `edits` and `penalties` are None where no row asks for them; `is_plain` logits need no copy.
+    `edits`, `penalties` and `processors` are None where no row asks for them; `is_plain` logits need no copy.
     """
 
     rows: Sequence[int]
     index: slice | Tensor
     edits: BatchEdits | None
     penalties: Penalties | None
+    processors: Processors | None
 
     @property
     def is_plain(self) -> bool:
-        return self.edits is None and self.penalties is None
+        return self.edits is None and self.penalties is None and self.processors is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ class Planner:
         kinds: dict[str, list[int]] = {"greedy": [], "edited greedy": [], "drawn": [], "filtered": []}
         for row, state in enumerate(states):
             if state.is_greedy:
-                is_edited = early[row] or not state.edits.is_empty or is_penalised(state.params)
+                params = state.params
+                is_changed = is_penalised(params) or bool(params.logits_processors)
+                is_edited = early[row] or not state.edits.is_empty or is_changed
                 kinds["edited greedy" if is_edited else "greedy"].append(row)
             else:
                 kinds["filtered" if is_filtered(state.params, self._vocab_size) else "drawn"].append(row)
@@ -131,11 +135,17 @@ class Planner:
             for local, row in enumerate(rows)
             if is_penalised(states[row].params)
         ]
+        processed = [
+            (local, row, slots[row], states[row].params.logits_processors)
+            for local, row in enumerate(rows)
+            if states[row].params.logits_processors
+        ]
         return Group(
             rows,
             self._index(rows),
             BatchEdits.of(edited, self._width) if edited else None,
             Penalties.of(penalised, self._device) if penalised else None,
+            Processors(processed) if processed else None,
         )
 
     def _draws(self, rows: list[int], slots: Sequence[int], states: Sequence[Slot], early: Sequence[bool]) -> Draws:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ class Sampled:
         logprob_rows: Sequence[int] = (),
         tops: Sequence[int] = (),
         on_host: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        reasons: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        """`evidence` [R] is finite in the rows that had something to choose from.
+        """`evidence` [R] is finite in the rows that had something to choose from; `reasons` say why some had not.
 
         `on_host` waits for both on the host; without it they are copied here.
         """
@@ -39,6 +41,7 @@ class Sampled:
         self._logprobs = None if logprobs is None else [HostCopy(tensor) for tensor in logprobs]
         self._logprob_rows = logprob_rows
         self._tops = tops
+        self._reasons = reasons
 
     @classmethod
     def at_once(cls, results: Tensor, num_rows: int) -> Sampled:
@@ -70,7 +73,8 @@ class Sampled:
         usable = self._on_host()[1].isfinite()
         if bool(usable.all()):
             return {}
-        return {row: NOTHING_TO_CHOOSE for row, fine in enumerate(usable.tolist()) if not fine}
+        failed = [row for row, fine in enumerate(usable.tolist()) if not fine]
+        return {row: self._reasons.get(row, NOTHING_TO_CHOOSE) for row in failed}
 
 
 def _copied(token_ids: Tensor, evidence: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -1,10 +1,11 @@
 """The batched sampler: per-slot settings, and one step from logits to tokens.
 
 Order of operations, per row: logit bias; masks (allowed, bad, and end tokens before `min_tokens`); penalties
-(repetition, then frequency and presence); temperature; top-k; top-p; min-p; draw. Up to the temperature that is
-vLLM's order, from there on transformers'. Rows that ask for nothing pay for nothing: the host knows every row's
-parameters, so an all-greedy batch is one argmax, and plain temperature one softmax and one sum. On an NVIDIA GPU plain
-rows and all draws are those of `device_sampler`, so that a CUDA graph may choose them without a different outcome.
+(repetition, then frequency and presence); the request's own functions; temperature; top-k; top-p; min-p; draw. Up to
+the temperature that is vLLM's order but for the functions, from there on transformers'. Rows that ask for nothing pay
+for nothing: the host knows every row's parameters, so an all-greedy batch is one argmax, and plain temperature one
+softmax and one sum. On an NVIDIA GPU plain rows and all draws are those of `device_sampler`, so that a CUDA graph may
+choose them without a different outcome.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Sampler:
         self._planner = Planner(vocab_size, self._width, device)
         self._plan: Plan | None = None
         self._planned_for: tuple[list[int], list[int]] = ([], [])
+        self._reasons: dict[int, str] = {}
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int, num_prompt_tokens: int) -> None:
         """A request enters `slot`: replaces all that was known of the slot.
@@ -70,14 +72,14 @@ class Sampler:
         logits = logits.contiguous()
         if self._runs_kernels(logits) and self.is_plain(slots, positions):
             return Sampled.at_once(self._choose(logits, slots, positions), len(slots))
-        plan = self._plan_for(slots, positions)
+        plan, self._reasons = self._plan_for(slots, positions), {}
         parts = [(group, most_likely(self._rows(group, logits, positions, tokens))) for group in plan.greedy]
         parts += [(draws.group, self._draw(draws, logits, positions, tokens)) for draws in plan.draws]
         token_ids, evidence = parts[0][1] if len(parts) == 1 else _merge(parts, len(slots), self._device)
         if not plan.logprob_rows:
-            return Sampled(token_ids, evidence)
+            return Sampled(token_ids, evidence, reasons=self._reasons)
         logprobs = compute_logprobs(logits[plan.logprob_index], token_ids[plan.logprob_index], max(plan.tops))
-        return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops)
+        return Sampled(token_ids, evidence, logprobs, plan.logprob_rows, plan.tops, reasons=self._reasons)
 
     def is_plain(self, slots: list[int], positions: list[int]) -> bool:
         """Whether rows ask for no more than greedy tokens or draws at a temperature: no edits, filters or logprobs."""
@@ -149,8 +151,11 @@ class Sampler:
         edited[:, : self._vocab_size] = rows
         if group.edits is not None:
             group.edits.apply(edited)
+        known = [positions[row] for row in group.rows]
         if group.penalties is not None:
-            group.penalties.apply(edited, [positions[row] for row in group.rows], tokens)
+            group.penalties.apply(edited, known, tokens)
+        if group.processors is not None:
+            self._reasons |= group.processors.apply(edited, self._vocab_size, known, tokens)
         return edited
 
     def _padded(self, rows: Tensor) -> Tensor:
