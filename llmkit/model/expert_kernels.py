@@ -118,7 +118,7 @@ def _tile(num_pairs: int, num_experts: int, dtype: torch.dtype) -> _Tile:
     return _Tile(128, 256, 64, 8, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _route(
     logits, weights, counts, members, rows, num_experts, TOP_K: tl.constexpr, PLACES: tl.constexpr,
     EXPERTS: tl.constexpr, NORMALISES: tl.constexpr, PDL: tl.constexpr,
@@ -143,7 +143,7 @@ def _route(
     _join(row * TOP_K + place, chosen, place < TOP_K, counts, members, rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _list_members(chosen, counts, members, rows, TOP_K: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):
     wait_for_previous(PDL)
     place = tl.arange(0, PLACES)
@@ -159,7 +159,7 @@ def _join(pair, expert, real, counts, members, rows):
     tl.store(members + expert.to(tl.int64) * rows + number, pair, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "num_tiles"])
 def _multiply_experts(
     x, weight, weights, counts, members, out, rows, num_experts, outputs, num_tiles,
     INPUTS: tl.constexpr, SHARED_BY: tl.constexpr, ACTIVATION: tl.constexpr, EXPERTS: tl.constexpr,

@@ -109,7 +109,7 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply_tiles(
     x, squares, weight, bias, residual, gain, out, scaled, sums, partial, arrivals, epsilon, rows, outputs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,

@@ -226,6 +226,18 @@ def test_every_kernel_is_compiled(compiled: set[str]) -> None:
     assert kernels_of_the_project() <= compiled
 
 
+def test_every_kernel_that_decodes_serves_any_number_of_rows() -> None:
+    """Else a batch of another size waits for the compiler, while requests are being served."""
+    requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, SHAPES["qwen3_0_6b"].layers)
+    with compiling() as kernels:
+        backend = FlashAttention(FlashAttention.Settings(), requirements, torch.bfloat16, CPU)
+        backend.allocate(NUM_BLOCKS)
+        for rows in (17, 24, 32, 100, 256):
+            backend.plan(batch(*[1] * rows, length=512))
+            backend.attend(0, torch.empty(rows, 16, 128, dtype=torch.bfloat16))
+    assert len({id(kernel) for name, kernel in kernels if name == "attend_one_hopper"}) == 1
+
+
 def test_every_kernel_has_a_kind_in_profiles() -> None:
     assert [name for name in kernels_of_the_project() if kind_of(name) == REST] == []
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from llmkit_attention.flash.tiles import accumulate, factor, scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def list_tiles(
     starts, lengths, tables, table_stride, depths, owners, codes, pages, ends, arrivals, rows, window,
     HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
@@ -59,7 +59,7 @@ def list_tiles(
             tl.store(pages + (base + tile) * PAGES + i, page, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def attend_one(
     query, key_pool, value_pool, out, own, partial, lse, starts, owners, codes, pages, ends, arrivals, rows,
     query_n, query_h, query_d, scale, softcap,

@@ -30,7 +30,7 @@ PANEL = gl.constexpr(64)
 """Numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows"])
 def attend_one_hopper(
     query, key_tiles, value_tiles, key_parts, value_parts, out, own, partial, lse, starts, owners, codes, pages, ends,
     arrivals, rows, query_n, query_h, scale, softcap,

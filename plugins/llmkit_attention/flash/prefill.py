@@ -6,7 +6,7 @@ import triton.language as tl
 from llmkit_attention.flash.tiles import accumulate, factor, offsets, page_ids, scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "most"])
 def list_queries(
     starts, tiles, rows, most, QUERIES: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "most"])
 def list_longest_first(
     starts, lengths, tiles, rows, most,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,

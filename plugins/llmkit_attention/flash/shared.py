@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def choose_pages(
     starts, lengths, tables, table_stride, keys, wholes, rows,
     PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr,
@@ -39,7 +39,7 @@ def choose_pages(
     tl.store(wholes + row, tl.sum(tl.where(index == row, whole, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def find_prefixes(
     keys, wholes, tables, table_stride, leaders, ranks, counts, depths, rows,
     PAGE: tl.constexpr, TILE: tl.constexpr, ROWS_PAD: tl.constexpr, CHUNK: tl.constexpr,
@@ -66,7 +66,7 @@ def find_prefixes(
     tl.store(depths + row, tl.minimum(limit, agree * PAGE // TILE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def list_packs(
     leaders, ranks, counts, depths, bases, members, heads, reaches, ends, arrivals, rows,
     HEADS: tl.constexpr, ROWS_PAD: tl.constexpr, MEMBERS: tl.constexpr, PACKS: tl.constexpr, SHARES: tl.constexpr,
