@@ -156,8 +156,8 @@ class Draws:
         if random.random() < 0.1:
             events.append(Event(random.randint(1, 40), Rule.RESET))
         if random.random() < 0.1:
-            huge = Request("huge", [0] * (self.spec.num_slots + random.randint(0, 3)), one)
-            events.append(Event(random.randint(0, 9), Rule.ADD, "huge", huge))
+            prompt, at = [0] * (self.spec.num_slots + random.randint(0, 3)), random.randint(0, 9)
+            events.append(Event(at, Rule.ADD, "huge", Request("huge", prompt, one, arrival_time=at)))
         for number in range(num_probes):
             prompt = self.prompt(random.randint(1, 2 * self.spec.block_size + 1))
             events.append(Event(random.randint(0, 60), Rule.PROBE, request=Request(f"probe {number}", prompt, one)))

@@ -34,6 +34,13 @@ def test_every_rule_is_walked() -> None:
     assert coverage["num_refusals"] > 10 and coverage["num_aborts"] > 10, coverage
 
 
+def test_requests_arrive_when_they_are_added() -> None:
+    """Else who came first is another one for the scheduler's promise than for the queue."""
+    added = [event for seed in range(300) for event in draw_world(seed).events if event.rule is Rule.ADD]
+    late = {event.request_id for event in added if event.request and event.request.arrival_time != event.at}
+    assert not late and "huge" in {event.request_id for event in added}
+
+
 def test_pools_and_requests_are_as_tiny_as_they_should_be() -> None:
     worlds = [draw_world(seed) for seed in range(300)]
     assert {world.spec.num_blocks for world in worlds} == set(range(4, 25))
