@@ -108,6 +108,10 @@ def _job(cfg: DictConfig, argv: Sequence[str], registry: Registry) -> Job:
         raw = _without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, argv, registry)) from error
+    for kind, chosen in settings.runtime.choices.items():
+        name = raw[kind].get("name") if kind in KINDS and isinstance(raw.get(kind), dict) else None
+        if name is not None and name != chosen and chosen in (*registry.names(kind), *RESERVED.get(kind, ())):  # a preset has a name of its own
+            raise ConfigError(f"{kind}.name={name}: a part is chosen by its group: write {kind}={name}")
     is_sweep = settings.mode is RunMode.MULTIRUN
     return Job(raw, Path(settings.runtime.output_dir), tuple(settings.overrides.task), is_sweep)
 
@@ -141,6 +145,8 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
         return _unknown_option(match[1], argv, registry)
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"{match[1]} exists already: leave out the +"
+    if match := re.match(r"(\S+) appears more than once in the final defaults list", text):
+        return f"{match[1]} is chosen already: leave out the +"
     text += f": {error.__cause__}" if error.__cause__ else ""
     text = re.sub(r"\n\s+full_key: (\S+)\n\s+object_type=\w+", r" (\1)", text)
     return " ".join(text.split()) or type(error).__name__
