@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults
+from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults, elsewhere
 from llmkit.errors import ConfigError, no_such_option, unknown_name
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import KINDS, RESERVED, Registry
@@ -171,18 +171,12 @@ def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
         )
     for model in models:
         if option not in model.model_fields:
-            return no_such_option(model, option, head) + _elsewhere(head, option, registry)
+            return no_such_option(model, option, head) + elsewhere(head, option, registry)
         if isinstance(defaults(model, MISSING)[option], dict):
             return f"{key}: entries are added with a plus: +{head}.{option}={{KEY:VALUE}}"
     if not models:  # such as attention=auto
-        return no_such_option(Settings, option, head) + _elsewhere(head, option, registry)
+        return no_such_option(Settings, option, head) + elsewhere(head, option, registry)
     return f"{key}: no such option"
-
-
-def _elsewhere(kind: str, option: str, registry: Registry) -> str:
-    """Which other choices have an `option` that the chosen one lacks."""
-    names = [one.name for one in registry.components() if one.kind == kind and option in one.settings.model_fields]
-    return f"; {kind}={','.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def _chosen(kind: str, argv: Sequence[str], registry: Registry) -> list[str]:

@@ -92,9 +92,18 @@ def choose(registry: Registry, kind: str, value: str | Mapping[str, Any] | Choic
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"{kind}: give a name (choices: {', '.join(registry.names(kind))})")
-    if name in RESERVED.get(kind, ()):
-        return Choice(name, validate(Settings, options, kind))
-    return Choice(name, validate(registry.get(kind, name).settings, options, kind))
+    settings = Settings if name in RESERVED.get(kind, ()) else registry.get(kind, name).settings
+    try:
+        return Choice(name, validate(settings, options, kind))
+    except ConfigError as error:
+        lacking = [option for option in options if option not in settings.model_fields]
+        raise ConfigError(str(error) + "".join(elsewhere(kind, option, registry) for option in lacking)) from None
+
+
+def elsewhere(kind: str, option: str, registry: Registry) -> str:
+    """Such as "; attention=flash has it": which other choices have an `option` that the chosen one lacks."""
+    names = [one.name for one in registry.components() if one.kind == kind and option in one.settings.model_fields]
+    return f"; {kind}={','.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def validate(model: type[M], values: Any, key: str = "") -> M:

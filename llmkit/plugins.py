@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from pathlib import Path
 
 import pluggy
@@ -64,6 +65,8 @@ def load_plugins(extra: Iterable[object] = ()) -> tuple[Registry, pluggy.PluginM
             registry.failures[source.plugin] = _one_line(error)
             continue
         _add(manager, registry, plugin, source.plugin, source.owner)
+    if not isinstance(extra, Iterable) or isinstance(extra, str | bytes):
+        raise PluginError(f"plugins are a list of plugin objects, not {type(extra).__name__}")
     for plugin in extra:
         if isinstance(plugin, str):
             raise PluginError(f"plugin {plugin!r}: give the module or object itself; installed ones need not be given")
@@ -111,13 +114,14 @@ def _names_in(variable: str, sources: Sequence[Source]) -> list[str]:
 
 def _add(manager: pluggy.PluginManager, registry: Registry, plugin: object, name: str, owner: str) -> None:
     """Register the plugin's hooks, then its components, which belong to `owner`."""
+    who = owner if "@" in name else f"plugin {name} of {owner}"
     try:
         manager.register(plugin, name=name)
         manager.check_pending()
     except (ValueError, pluggy.PluginValidationError) as error:
-        raise PluginError(f"plugin {name} of {owner}: {_hook_problem(error)}") from None
+        raise PluginError(f"{who}: {_hook_problem(error)}") from None
     if not manager.get_hookcallers(plugin):
-        raise PluginError(f"plugin {name} of {owner} implements no hook: mark functions with @llmkit.hookimpl")
+        raise PluginError(f"{who} implements no hook: mark functions with @llmkit.hookimpl")
     others = [other for other in manager.get_plugins() if other is not plugin]
     try:
         with registry.owned_by(owner):
@@ -132,6 +136,9 @@ def _add(manager: pluggy.PluginManager, registry: Registry, plugin: object, name
 def _hook_problem(error: Exception) -> str:
     """pluggy's complaint (unknown hook, wrong arguments, registered twice) with the valid hooks."""
     unknown = re.match(r"unknown hook '(\w+)'", str(error))
+    if wrong := re.search(r"for hook '(\w+)'.*Argument\(s\) \{(.+?)\}", str(error), re.DOTALL):
+        takes = ", ".join(signature(getattr(hookspecs, wrong[1])).parameters)
+        return f"hook {wrong[1]} has no argument {wrong[2]} (arguments: {takes})"
     if unknown is None:
         return _one_line(error)
     return unknown_name("hook", unknown[1], (name for name in vars(hookspecs) if name.startswith("llmkit_")))

@@ -85,6 +85,8 @@ def test_plain_is_a_fixed_point_of_resolve(registry: Registry) -> None:
         ({"workload": {"name": "gird"}}, "unknown workload 'gird'; did you mean 'grid'?"),
         ({"cache": {}}, "cache: give a name (choices: contiguous, paged, radix)"),
         ({"attention": {"name": "auto", "split": 3}}, "attention.split: no such option (options: none)"),
+        ({"attention": {"name": "auto", "kv_dtype": "fp8"}}, "(options: none); attention=flash has it"),
+        ({"cache": {"name": "contiguous", "prefix": True}}, "(options: none); cache=paged has it"),
         ({"model": {"name": "hf"}}, "model.path: a value is required"),
         (
             {"scheduler": {"name": "static", "max_num_seq": 3}},
