@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, did_you_mean
 from llmkit.run import main as run
 from llmkit.run import nobody_reads
 
@@ -27,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     options, unknown = top.parse_known_args(words)
     if unknown:
-        hint = "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE" if "=" in unknown[0] else ""
-        top.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        _refuse(options.command, unknown)
     try:
         return _dispatch(options)
     except LlmkitError as error:
@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `llmkit plugins | head`
         return nobody_reads()
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error, and where the valid arguments are listed."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"llmkit: {message} (see {self.prog} --help)\n")
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -58,9 +65,20 @@ def _dispatch(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(command: str, unknown: Sequence[str]) -> NoReturn:
+    """Exit over arguments that `command` does not have; a flag with the one that it resembles."""
+    if "=" in unknown[0] and not unknown[0].startswith("-"):
+        hint = "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE"
+    else:
+        from llmkit.cli.completion import FLAGS
+
+        hint = did_you_mean(unknown[0].partition("=")[0], FLAGS.get(command, ()))
+    Parser(prog=f"llmkit {command}").error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
 def parser() -> argparse.ArgumentParser:
     """Every subcommand but `run`, whose arguments are Hydra's and are passed on untouched."""
-    top = argparse.ArgumentParser(prog="llmkit", description="An LLM inference engine built from replaceable parts.")
+    top = Parser(prog="llmkit", description="An LLM inference engine built from replaceable parts.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="benchmark one composition, or sweep over many (llmkit run --help)", add_help=False)

@@ -92,8 +92,14 @@ def test_debug_raises(checkpoint: str) -> None:
 
 
 def test_parts_are_told_to_be_options_of_run(capsys: pytest.CaptureFixture[str]) -> None:
-    for argument, hint in (("scheduler=sjf", "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE"), ("y", "")):
+    cases = {
+        "scheduler=sjf": "; only `llmkit run` takes GROUP=NAME and GROUP.OPTION=VALUE",
+        "--max_tokens=3": "; did you mean '--max-tokens'?",
+        "y": "",
+    }
+    for argument, hint in cases.items():
         with pytest.raises(SystemExit) as ended:
             main(["generate", "x", argument])
         assert ended.value.code == 2
-        assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
+        err = capsys.readouterr().err
+        assert err == f"llmkit: unrecognized arguments: {argument}{hint} (see llmkit generate --help)\n"

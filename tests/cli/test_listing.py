@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,9 +92,31 @@ def test_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["plugns"], ["completion", "tcsh"], []])
-def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["plugns"],
+            "invalid choice: 'plugns' (choose from 'run', 'plugins', 'generate', 'completion') (see llmkit --help)",
+        ),
+        (["completion", "tcsh"], "(choose from 'bash', 'zsh', 'fish') (see llmkit completion --help)"),
+        ([], "the following arguments are required: COMMAND (see llmkit --help)"),
+        (["plugins", "show"], "the following arguments are required: name (see llmkit plugins show --help)"),
+        (["plugins", "--json"], "unrecognized arguments: --json (see llmkit plugins --help)"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
-    assert "usage: llmkit" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("llmkit: ") and err.endswith(f"{says}\n") and err.count("\n") == 1
+
+
+def test_the_package_runs_as_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["llmkit", "plugins", "show", "sdpa"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("llmkit", run_name="__main__")
+    assert ended.value.code == 0 and "attention=sdpa of llmkit" in capsys.readouterr().out
