@@ -15,6 +15,9 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from llmkit.errors import ConfigError, PluginError, unknown_name
+from llmkit.interfaces.cache import CacheAllocator
+from llmkit.interfaces.eviction import EvictionPolicy
+from llmkit.interfaces.scheduler import Scheduler
 from llmkit.interfaces.settings import Settings
 from llmkit.overrides import complaints
 
@@ -24,6 +27,8 @@ KINDS = ("scheduler", "cache", "attention", "model", "workload")
 PARTS = ("eviction",)
 """Kinds without a group of their own: an option of that name, in the settings of a component, chooses among them."""
 RESERVED = {"attention": {"auto"}}
+CONTRACTS: dict[str, type] = {"scheduler": Scheduler, "cache": CacheAllocator, "eviction": EvictionPolicy}
+"""What a class must derive from; that of attention is left to its use, since it needs torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +45,12 @@ class Component:
     def load(self) -> Any:
         """The class or factory; imports its module if it was registered as "module:attribute".
 
-        Warns of members that look like misspelt overrides.
+        Warns of members that look like misspelt overrides. PluginError if it is not of its kind's contract.
         """
         target = self._import() if isinstance(self.target, str) else self.target
+        contract = CONTRACTS.get(self.kind)
+        if contract and not (isinstance(target, type) and issubclass(target, contract)):
+            raise PluginError(f"{self.kind} {self.name!r} of {self.owner} is no subclass of llmkit.{contract.__name__}")
         for complaint in complaints(target) if isinstance(target, type) else ():
             log.warning("%s %r of %s: %s", self.kind, self.name, self.owner, complaint)
         return target

@@ -11,12 +11,11 @@ from typing import Any
 from llmkit.batching import ContinuousBatching
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
-from llmkit.overrides import complaints
 from llmkit.testing.chaos import Chaos
 from llmkit.testing.coverage import Coverage
 from llmkit.testing.grouped import grouped
 from llmkit.testing.ledger import Ledger
-from llmkit.testing.schedulers import build_cache, build_scheduler
+from llmkit.testing.schedulers import build_cache, build_scheduler, check_part
 from llmkit.testing.walk import Walk
 from llmkit.testing.worlds import Draws, draw_world, windowed
 from llmkit.types import Request
@@ -37,7 +36,7 @@ def check_cache(
     several groups of layers where the cache `is_groupable`. `options` fix settings of the cache. Returns what the walks
     went through.
     """
-    assert not complaints(cache), "; ".join(complaints(cache))
+    check_part(cache, CacheAllocator, options or {})
     coverage = Coverage()
     for seed, has_window, has_groups in chain.from_iterable(_turns(seed, cache.is_groupable) for seed in seeds):
         audit(grouped(cache, has_small_pools=False) if has_groups else cache, seed, options or {}, 100, has_window)
@@ -47,6 +46,7 @@ def check_cache(
                 built = build_scheduler(scheduler, world.scheduler_options, {})
                 allocator = build_cache(grouped(cache) if has_groups else cache, world.spec, options or {})
                 coverage += Walk(world, built, allocator, depth, is_strict=scheduler is not Chaos).run()
+    assert coverage.num_walks, "nothing was checked: seeds, schedulers and depths must not be empty"
     return coverage
 
 

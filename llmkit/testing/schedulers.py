@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llmkit.errors import no_such_option
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
 from llmkit.interfaces.scheduler import Scheduler
 from llmkit.overrides import complaints
@@ -34,7 +35,7 @@ def check_scheduler(
     coming; what it promises of fairness (`may_pass`, `service`) holds; no member looks like a misspelt override.
     `options` fix settings of the scheduler, the limits are drawn. Returns what the walks went through.
     """
-    assert not complaints(scheduler), "; ".join(complaints(scheduler))
+    check_part(scheduler, Scheduler, options or {})
     coverage = Coverage()
     for seed in seeds:
         world = draw_world(seed)
@@ -43,7 +44,17 @@ def check_scheduler(
                 built = build_scheduler(scheduler, world.scheduler_options, options or {})
                 walk = Walk(world, built, build_cache(cache, world.spec, {}), depth, is_strict)
                 coverage += walk.run()
+    assert coverage.num_walks, "nothing was checked: seeds, caches and depths must not be empty"
     return coverage
+
+
+def check_part(part: object, contract: type, options: Mapping[str, Any]) -> None:
+    """Refuse, in one line, what is no class of that contract, misspells an override or lacks one of the `options`."""
+    assert isinstance(part, type) and issubclass(part, contract), f"{part!r} is no subclass of {contract.__name__}"
+    assert not complaints(part), "; ".join(complaints(part))
+    settings: Any = part.Settings  # type: ignore[attr-defined]
+    for option in options:
+        assert option in settings.model_fields, no_such_option(settings, option)
 
 
 def build_scheduler(scheduler: type[Scheduler], drawn: Mapping[str, int], options: Mapping[str, Any]) -> Scheduler:

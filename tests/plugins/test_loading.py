@@ -124,7 +124,7 @@ def test_names_and_classes_are_no_plugins() -> None:
         load_plugins(["mine"])
     with pytest.raises(PluginError, match=r"plugin Observer is a class: give an instance, Observer\(\)"):
         load_plugins([Observer])
-    with pytest.raises(PluginError, match="^plugins are a list of plugin objects, not Observer$"):
+    with pytest.raises(PluginError, match=r"^plugins are a list of plugin objects, not Observer$"):
         load_plugins(Observer())  # type: ignore[arg-type]
     load_plugins([Observer()])
 
@@ -134,7 +134,7 @@ def test_a_given_object_is_called_by_its_class() -> None:
         @hookimpl
         def llmkit_step_finishd(self) -> None: ...
 
-    with pytest.raises(PluginError, match="^the given plugin Observer: unknown hook 'llmkit_step_finishd'"):
+    with pytest.raises(PluginError, match=r"^the given plugin Observer: unknown hook 'llmkit_step_finishd'"):
         load_plugins([Observer()])
 
 

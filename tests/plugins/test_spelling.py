@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmkit import CacheAllocator, ContinuousBatching, Registry, Scheduler, hookimpl, load_plugins
+from llmkit import CacheAllocator, ContinuousBatching, PluginError, Registry, Scheduler, hookimpl, load_plugins
 from llmkit.overrides import misspelt
 from llmkit.registry import Component
 from llmkit.testing import check_cache, check_scheduler
@@ -97,6 +97,14 @@ def test_a_plugin_with_a_near_miss_is_warned_of(target: Any, caplog: pytest.LogC
     (record,) = caplog.records
     says = "scheduler 'mine' of the given plugin Plugin: Mine.victm overrides nothing; did you mean 'victim'?"
     assert record.getMessage() == says
+
+
+@pytest.mark.parametrize("target", [dict, lambda settings: None, "collections:OrderedDict"])
+def test_a_class_of_another_contract_is_refused(target: Any) -> None:
+    component = load_plugins([Plugin(target)])[0].get("scheduler", "mine")
+    says = r"^scheduler 'mine' of the given plugin Plugin is no subclass of llmkit\.Scheduler$"
+    with pytest.raises(PluginError, match=says):
+        component.load()
 
 
 def test_the_kit_refuses_it() -> None:

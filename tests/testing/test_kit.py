@@ -78,6 +78,25 @@ def test_an_exception_in_a_plugin_is_told_with_its_seed() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("seeds", [[], range(0)])
+def test_a_check_of_nothing_is_no_success(seeds: Any) -> None:
+    with pytest.raises(AssertionError, match=r"^nothing was checked: seeds, caches and depths must not be empty"):
+        check_scheduler(ContinuousBatching, seeds=seeds)
+    with pytest.raises(AssertionError, match=r"^nothing was checked: seeds, schedulers and depths must not be empty"):
+        check_cache(ReferenceCache, seeds=seeds)
+
+
+def test_what_cannot_be_checked_is_told_in_one_line() -> None:
+    wrong: Any = "continuous"
+    with pytest.raises(AssertionError, match=r"^'continuous' is no subclass of Scheduler"):
+        check_scheduler(wrong)
+    wrong = ContinuousBatching
+    with pytest.raises(AssertionError, match=r"ContinuousBatching'> is no subclass of CacheAllocator"):
+        check_cache(wrong)
+    with pytest.raises(AssertionError, match=r"^max_seqs: no such option; did you mean 'max_num_seqs'"):
+        check_scheduler(ContinuousBatching, options={"max_seqs": 3}, seeds=range(1))
+
+
 def test_rejecting_what_fits_is_a_failure() -> None:
     with pytest.raises(AssertionError, match="was rejected, but fits: too much to do"):
         check_scheduler(Unfair)
