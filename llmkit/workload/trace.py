@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, explain
 from llmkit.workload.prompts import prompt_source
 from llmkit.workload.protocol import ModelBounds
 from llmkit.workload.requests import TimedRequest
@@ -103,14 +103,7 @@ def _parse(where: str, line: str) -> TraceRow:
     try:
         return TraceRow.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(problem["loc"], problem["msg"]) for problem in error.errors()[:3])
-        raise ConfigError(f"{where}: {problems}") from None
-
-
-def _explain(location: tuple[int | str, ...], message: str) -> str:
-    field = ".".join(str(part) for part in location)
-    text = message.removeprefix("Value error, ")
-    return f"{field}: {text}" if field else text
+        raise ConfigError(f"{where}: {explain(TraceRow, error)}") from None
 
 
 def write_trace(path: Path, requests: Iterable[TimedRequest]) -> None:
