@@ -159,7 +159,8 @@ class LLM:
         """Token ids of a prompt; RequestError if it is neither text nor integers."""
         if isinstance(prompt, str):
             try:
-                return list(self._tokenizer().encode(prompt))
+                # too long a prompt is refused by the engine, which needs no warning beside it
+                return list(self._tokenizer().encode(prompt, verbose=False))
             except ModelError:
                 raise
             except Exception as error:

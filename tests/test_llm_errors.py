@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_text_that_is_no_text(make_llm: MakeLLM, speaker: dict[str, str]) -> Non
     assert outputs[0].token_ids == outputs[3].token_ids == good
     assert one_line(outputs[1].error).startswith("the prompt cannot be encoded: ")
     assert outputs[2].error == "the prompt is empty"
+
+
+def test_too_long_a_text_is_refused_without_a_warning(
+    make_llm: MakeLLM, speaker: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make_llm(speaker)
+    llm._tokenizer().model_max_length = 8
+    of_transformers = logging.getLogger("transformers")
+    of_transformers.addHandler(caplog.handler)  # it does not propagate
+    try:
+        (output,) = llm.generate("ab" * 5000, GREEDY)
+    finally:
+        of_transformers.removeHandler(caplog.handler)
+    assert one_line(output.error).startswith("the prompt has ") and not caplog.records
 
 
 def test_a_conversation_that_is_none(make_llm: MakeLLM, speaker: dict[str, str]) -> None:
