@@ -48,8 +48,8 @@ BOXES = [
     (3.9, 2.9, 3.3, 1.7, "Planner", "queues, lengths, epochs;\nblocks and slots pinned\nwhile a step names them", CORE),
     (9.0, 2.9, 3.0, 1.7, "Network", "any transformers causal LM;\nfused layers where certified", CORE),
     (0.2, 0.4, 2.9, 1.5, "Scheduler", "continuous, priority,\nsjf, static, ...", PLUGIN),
-    (4.1, 0.4, 2.9, 1.5, "CacheAllocator", "paged, contiguous", PLUGIN),
-    (9.0, 0.4, 3.0, 1.5, "AttentionBackend", "sdpa", PLUGIN),
+    (4.1, 0.4, 2.9, 1.5, "CacheAllocator", "paged, radix,\ncontiguous", PLUGIN),
+    (9.0, 0.4, 3.0, 1.5, "AttentionBackend", "sdpa, flash, ...", PLUGIN),
     (12.9, 0.4, 2.3, 1.5, "Observers", "metrics, traces,\nyour hooks", PLUGIN),
 ]
 ARROWS = [
