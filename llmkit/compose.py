@@ -109,8 +109,9 @@ def _job(cfg: DictConfig, argv: Sequence[str], registry: Registry) -> Job:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, argv, registry)) from error
     for kind, chosen in settings.runtime.choices.items():
-        name = raw[kind].get("name") if kind in KINDS and isinstance(raw.get(kind), dict) else None
-        if name is not None and name != chosen and chosen in (*registry.names(kind), *RESERVED.get(kind, ())):  # a preset has a name of its own
+        names = (*registry.names(kind), *RESERVED.get(kind, ()))
+        name = raw[kind].get("name", chosen) if chosen in names and raw.get(kind) else chosen  # a preset has its own
+        if name != chosen:
             raise ConfigError(f"{kind}.name={name}: a part is chosen by its group: write {kind}={name}")
     is_sweep = settings.mode is RunMode.MULTIRUN
     return Job(raw, Path(settings.runtime.output_dir), tuple(settings.overrides.task), is_sweep)
