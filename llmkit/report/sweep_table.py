@@ -13,11 +13,12 @@ from llmkit.report.summary_table import milliseconds, number, percent, tenants_t
 
 SweepRun = tuple[str, Mapping[str, Any]]
 """The run's name and what its `result.json` holds."""
+NAMED = ("scheduler", "cache", "model", "workload")
 
 
 def print_sweep(runs: Sequence[SweepRun], console: Console) -> None:
     """Print a table of `runs`; columns that no run has are left out."""
-    cells = [_cells(result) for _, result in runs]
+    cells = [{**swept, **_cells(result)} for (_, result), swept in zip(runs, _swept(runs), strict=True)]
     columns = list(dict.fromkeys(column for row in cells for column in row))
     table = Table("run", title="sweep", title_justify="left")
     for column in columns:
@@ -25,6 +26,14 @@ def print_sweep(runs: Sequence[SweepRun], console: Console) -> None:
     for (name, _), row in zip(runs, cells, strict=True):
         table.add_row(escape(name), *(row.get(column, "-") for column in columns))
     console.print(table)
+
+
+def _swept(runs: Sequence[SweepRun]) -> list[dict[str, str]]:
+    """For each run what it was given and others were not, but for the parts that its name tells."""
+    overrides = [result.get("environment", {}).get("overrides", ()) for _, result in runs]
+    in_all = set(overrides[0]).intersection(*overrides) if overrides else set()
+    pairs = [[word.split("=", 1) for word in words if word not in in_all] for words in overrides]
+    return [{key.lstrip("+"): escape(value) for key, value in row if key not in NAMED} for row in pairs]
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:

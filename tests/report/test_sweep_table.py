@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,21 @@ def test_served_runs_side_by_side() -> None:
     text = printed(("0-static", SERVED), ("1-[x]", {**SERVED, "num_preemptions": 0}))
     assert text.index("0-static") < text.index("1-[x]")
     assert "1,234.6" in text and "5.00" in text and "25.0 %" in text and "speedup" not in text
+
+
+def test_options_that_differ_have_a_column() -> None:
+    def run(*overrides: str) -> dict[str, Any]:
+        return {**SERVED, "environment": {"overrides": ["workload.rate=4", *overrides]}}
+
+    text = printed(
+        ("0-a", run("cache=paged", "engine=exact", "cache.eviction=lru", "engine.num_blocks=64")),
+        ("1-a", run("cache=radix", "engine=default", "cache.eviction=lfu", "engine.num_blocks=64")),
+    )
+    assert "rate" not in text and "radix" not in text
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:]] for line in text.splitlines()]
+    shown = {row[0]: row[1:3] for row in rows if row}
+    assert shown["run"] == ["engine", "cache.eviction"]
+    assert [shown[name] for name in ("0-a", "1-a")] == [["exact", "lru"], ["default", "lfu"]]
 
 
 def test_columns_of_what_only_some_runs_have() -> None:
