@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.json_schema import SkipJsonSchema
+from pydantic.json_schema import WithJsonSchema
 
 from llmkit.errors import ConfigError, explain
 
@@ -92,7 +92,11 @@ class SamplingParams(BaseModel):
         default=None, ge=0, le=MAX_LOGPROBS, description="the same for the prompt's tokens"
     )
 
-    logits_processors: Annotated[tuple[SkipJsonSchema[LogitsProcessor], ...], Field(max_length=16)] = Field(
+    logits_processors: Annotated[
+        tuple[LogitsProcessor, ...],
+        Field(max_length=16),
+        WithJsonSchema({"type": "array", "items": {"type": "functions, of Python only"}}),
+    ] = Field(
         default=(), exclude=True, description="functions (tokens so far [n], logits [V]) -> logits [V]; Python only"
     )
 
