@@ -92,7 +92,12 @@ def compare(comparison: Comparison, **workload: Any) -> list[Run]:
 
 def number(key: str) -> Callable[[Run], float]:
     """A metric that `result.json` has."""
-    return lambda run: float(run.numbers[key])
+    return lambda run: run.numbers[key]
+
+
+def shown(value: float) -> str:
+    """With one decimal place, but for counts."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def lighter_tenants(run: Run) -> float:
@@ -179,7 +184,7 @@ def picture(comparison: Comparison, runs: Sequence[Run]) -> bytes:
         draw(panel, runs)
         tidy(panel)
     metrics = "; ".join(
-        f"{name} {', '.join(f'{value(run):,.1f} ({run.scheduler})' for run in runs)}"
+        f"{name} {', '.join(f'{shown(value(run))} ({run.scheduler})' for run in runs)}"
         for name, value in comparison.metrics.items()
     )
     options = ", ".join(f"{key}={value}" for key, value in comparison.options.items())
@@ -202,7 +207,7 @@ def rows(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     before, after = runs
     chosen = f"`{comparison.scheduler}` | `{comparison.workload}`"
     return [
-        f"| {chosen} | {name} | {value(before):,.1f} | {value(after):,.1f} |"
+        f"| {chosen} | {name} | {shown(value(before))} | {shown(value(after))} |"
         for name, value in comparison.metrics.items()
     ]
 
