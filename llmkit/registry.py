@@ -129,7 +129,8 @@ class Registry:
 
     def notes(self, kind: str = "") -> list[str]:
         """What an error about a missing name should add: how a checkpoint is named, who failed or was kept out."""
-        own = ["a checkpoint is model=hf model.path=DIR"] if kind == "model" and "hf" in self.names("model") else []
+        checkpoint = "a checkpoint is its folder or hub id, for `llmkit run` model=hf model.path=DIR"
+        own = [checkpoint] if kind == "model" and "hf" in self.names("model") else []
         failed = own + [f"plugin {plugin} failed: {reason}" for plugin, reason in self.failures.items()]
         return failed + [f"plugin {plugin} is kept out by {reason}" for plugin, reason in self.blocked.items()]
 

@@ -194,7 +194,7 @@ def never(*_: object, **__: object) -> None:
         (
             {"model": "gpt2"},
             "unknown model 'gpt2' (choices: embedded, gemma2_2b, hf, llama_1b, llama_8b, qwen3_0_6b, qwen3_30b_a3b, "
-            "qwen3_4b); a checkpoint is model=hf model.path=DIR",
+            "qwen3_4b); a checkpoint is its folder or hub id, for `llmkit run` model=hf model.path=DIR",
         ),
         ({"block_sise": 3}, "engine.block_sise: no such option; did you mean 'block_size'? (options: "),
         ({"block_size": 0}, "engine.block_size=0: Input should be greater than or equal to 1 (allowed: integer, 1"),

@@ -172,7 +172,7 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["sampling.logit_bias={5:1}"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
         (["sampling.logit_bias.5=1"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
         (["sampling.seed.x=1"], "sampling.seed.x: no such option"),
-        (["model=gpt2"], "; a checkpoint is model=hf model.path=DIR"),
+        (["model=gpt2"], "; a checkpoint is its folder or hub id, for `llmkit run` model=hf model.path=DIR"),
         (["scheduler.max_num_seqs=[1,"], "cannot read 'scheduler.max_num_seqs=[1,': "),
         (["plots_dir=${nope}"], "Interpolation key 'nope' not found (plots_dir)"),
         (["--cfg", "job", "--info"], "Only one of --run"),
