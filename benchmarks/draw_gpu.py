@@ -209,12 +209,6 @@ def _patch(colour: str, label: str) -> Any:
     return Patch(color=colour, label=label)
 
 
-def _line(colour: str, style: str, label: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, linestyle=style, label=label)
-
-
 def _marker(marker: str, label: str, fill: str = "white") -> Any:
     from matplotlib.lines import Line2D
 

@@ -28,6 +28,8 @@ PART = gl.constexpr(16)
 """Keys of the smallest bulk copy: a row's last tile is read no further than its last key, rounded up to these."""
 PANEL = gl.constexpr(64)
 """Numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+"""How tiles of 16-bit numbers lie in shared memory, as bulk copies write them and wgmma reads them."""
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -49,7 +51,6 @@ def attend_one_hopper(
     begin = share * size
     end = gl.minimum(begin + size, total)
     TYPE: gl.constexpr = key_tiles.dtype
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     keys = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
     values = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
@@ -104,7 +105,6 @@ def _bring(
     """One warp: tiles `begin` to `end` into the ring [STAGES, TILE, DIM] of `keys` and of `values`."""
     PANELS: gl.constexpr = DIM // PANEL
     PARTS: gl.constexpr = TILE // PART
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     stage, phase, has_waited = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0)
     _list(codes, listed_codes, begin, end, 0, 1)
     _list(pages, listed_pages, begin, end, 0, 1)

@@ -120,14 +120,13 @@ class Launch:
         return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
 
     def _boxes(self, *parts: torch.Tensor) -> tuple[Any, ...]:
-        from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        from llmkit_attention.flash.decode_hopper import PANEL, PART
+        from llmkit_attention.flash.decode_hopper import PANEL, PART, SWIZZLED
 
-        swizzled, rows = NVMMASharedLayout(128, 16, rank=2), [part.view(-1, self.spec.head_dim) for part in parts]
+        rows = [part.view(-1, self.spec.head_dim) for part in parts]
         shapes = [self.tile, PANEL.value], [PART.value, PANEL.value]
-        return tuple(TensorDescriptor.from_tensor(part, shape, swizzled) for shape in shapes for part in rows)
+        return tuple(TensorDescriptor.from_tensor(part, shape, SWIZZLED.value) for shape in shapes for part in rows)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: KeyValueSlots) -> None:
         """Store `key` and `value` [N, num_kv_heads, head_dim] in their slots."""

@@ -13,12 +13,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from llmkit_attention.flash.decode_hopper import PANEL, SWIZZLED
 from llmkit_attention.flash.softmax_hopper import HALF, QUERIES, TILE, advance, close, open_tile
 
 OUTSIDE = gl.constexpr(0x7FFFFF00)
 """A row behind every pool's end: what is copied from there is zeros."""
-PANEL = gl.constexpr(64)
-"""Numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
 
 
 @gluon.jit(do_not_specialize=["most", "table_stride", "window"])
@@ -35,7 +34,6 @@ def attend_many_hopper(
     """
     TYPE: gl.constexpr = key_tiles.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     query = gl.allocate_shared_memory(TYPE, [2 * HELD, QUERIES, DIM], SWIZZLED)
     keys = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
     values = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
@@ -122,7 +120,6 @@ def _bring(
 def _copy(source, tile, bar, low_place, high_place, DIM: gl.constexpr):
     """Both halves of a tile [TILE, DIM], from rows `low_place` and `high_place` of a pool."""
     PANELS: gl.constexpr = DIM // PANEL
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     halves = tile._reinterpret(tile.dtype, [2 * PANELS, HALF, PANEL], SWIZZLED)
     mbarrier.expect(bar, TILE * DIM * 2)
     for panel in gl.static_range(PANELS):
