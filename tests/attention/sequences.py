@@ -1,4 +1,4 @@
-"""Sequences in a scrambled block pool, and what attention over them must give, computed densely in float64."""
+"""Sequences in a scrambled block pool, what attention over them must give, computed densely in float64, and graphs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ GARBAGE = 1e4
 
 Rows = Sequence[tuple[str, int]]
 """(sequence, number of new tokens) of every row of a step."""
+
+
+def captured(
+    backend: AttentionBackend, batch: AttentionBatch, *projected: torch.Tensor
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A step of the first layer, run once and then captured in a graph; with what it writes at every replay."""
+    backend.plan(batch)
+    backend.forward(0, *projected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.plan(batch)
+        out = backend.forward(0, *projected)
+    return graph, out
 
 
 def dense(spec: LayerSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.limits import find_spec
-from tests.attention.sequences import dense
+from tests.attention.sequences import captured, dense
 
 SPEC = LayerSpec(8, 2, 128, 128**-0.5)
 BLOCK, ROWS, BOUND = 16, 4, 1024
@@ -54,13 +54,7 @@ def test_a_captured_step_serves_other_lengths_and_tables(num_repeated: int) -> N
     query, key, value = (torch.randn(ROWS, heads, 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2))
     static = replace(decode_batch([1, 2, 3, 0], table.clone()), num_repeated_keys=num_repeated)
     assert backend.capturable(static)
-    backend.plan(static)
-    backend.forward(0, query, key, value)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.plan(static)
-        out = backend.forward(0, query, key, value)
+    graph, out = captured(backend, static, query, key, value)
     for lengths, num_common in REPLAYS:
         now = table.clone()
         now[:, :num_common] = table[0, :num_common]
@@ -105,13 +99,7 @@ def test_a_captured_step_with_prompts_serves_other_rows(block: int) -> None:
     static = AttentionBatch(
         starts, lengths, torch.zeros_like(slots), table, slots, num_tokens, BOUND, counts, bounds, lens_are_bounds=True
     )
-    backend.plan(static)
-    backend.forward(0, query, key, value)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.plan(static)
-        out = backend.forward(0, query, key, value)
+    graph, out = captured(backend, static, query, key, value)
     for rows in MIXES:
         backend._pools[0].normal_()
         begins = [0, *accumulate(count for count, _ in rows)]

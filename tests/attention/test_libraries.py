@@ -12,7 +12,7 @@ import torch
 from llmkit.interfaces.attention import AttentionBackend, AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention import flash_attn, flashinfer, varlen
 from tests.attention import stand_ins
-from tests.attention.sequences import GARBAGE, Rows, Sequences, dense
+from tests.attention.sequences import GARBAGE, Rows, Sequences, captured, dense
 
 STEPS: list[Rows] = [
     [("a", 5), ("b", 300)],
@@ -230,13 +230,7 @@ def test_a_captured_step_serves_other_lengths(name: str) -> None:
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
     static = AttentionBatch(starts, lengths, slots.clone(), table, slots, 1, bound, (1,) * rows, (bound,) * rows)
     assert made.capturable(static)
-    made.plan(static)
-    made.forward(0, query, key, value)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made.plan(static)
-        out = made.forward(0, query, key, value)
+    graph, out = captured(made, static, query, key, value)
     for now in ([1000, 1, 0, 17], [256, 257, 1024, 513]):
         lengths.copy_(torch.tensor(now))
         last = lengths.long() - 1
