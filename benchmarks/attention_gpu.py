@@ -1,4 +1,4 @@
-"""Measures the Triton attention backend on a GPU: decode by a CUDA graph, prefill by events; prints a table.
+"""Measures the attention backend `flash` on a GPU by CUDA graphs of several layers; prints tables.
 
     python -m benchmarks.attention_gpu > benchmarks/results/h200/attention.md
 
@@ -7,7 +7,7 @@ Every layer has keys and values of its own, enough of them to leave the caches; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -19,6 +19,11 @@ from llmkit_attention.flash.backend import FlashAttention
 DEVICE, BLOCK, DIM = torch.device("cuda"), FlashAttention.preferred_block_size, 128
 HEADS = [(16, 8), (32, 8)]
 DECODES = [(rows, context) for rows in (1, 8, 64, 256) for context in (512, 2048, 8192, 32768)]
+UNEVEN = {
+    "200 of 100 to 2000": [100 + 1900 * row // 199 for row in range(200)],
+    "63 of 300, 1 of 30000": [300] * 63 + [30_000],
+}
+"""Decode steps of rows with contexts of their own."""
 PREFILLS = [
     (16, 8, 32, 512, 0),
     (32, 8, 16, 1024, 0),
@@ -52,14 +57,31 @@ def copy_bandwidth() -> float:
 
 def batch(rows: int, new: int, stored: int) -> AttentionBatch:
     """Rows of one shape over blocks in random order."""
-    length, blocks = new + stored, -(-(new + stored) // BLOCK)
-    table = torch.randperm(rows * blocks, device=DEVICE, dtype=torch.int32).view(rows, blocks)
-    positions = torch.arange(stored, length, device=DEVICE)
-    slots = (table[:, positions // BLOCK].long() * BLOCK + positions % BLOCK).flatten()
-    starts = torch.tensor([0, *accumulate([new] * rows)], dtype=torch.int32, device=DEVICE)
-    lengths = torch.full((rows,), length, dtype=torch.int32, device=DEVICE)
+    return batch_of([(new, stored)] * rows)
+
+
+def batch_of(rows: Sequence[tuple[int, int]]) -> AttentionBatch:
+    """Rows of so many new tokens after so many stored ones each, over blocks in random order."""
+    lengths = [new + stored for new, stored in rows]
+    blocks = [-(-length // BLOCK) for length in lengths]
+    table = torch.zeros(len(rows), max(blocks), device=DEVICE, dtype=torch.int32)
+    numbers = torch.randperm(sum(blocks), device=DEVICE, dtype=torch.int32).split(blocks)
+    positions, slots = [], []
+    for row, ((_, stored), length, own) in enumerate(zip(rows, lengths, numbers, strict=True)):
+        table[row, : len(own)] = own
+        positions.append(torch.arange(stored, length, device=DEVICE))
+        slots.append(own[positions[-1] // BLOCK].long() * BLOCK + positions[-1] % BLOCK)
+    starts = torch.tensor([0, *accumulate(new for new, _ in rows)], dtype=torch.int32, device=DEVICE)
     return AttentionBatch(
-        starts, lengths, positions.repeat(rows), table, slots, new, length, (new,) * rows, (length,) * rows
+        starts,
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        torch.cat(positions),
+        table,
+        torch.cat(slots),
+        max(new for new, _ in rows),
+        max(lengths),
+        tuple(new for new, _ in rows),
+        tuple(lengths),
     )
 
 
@@ -84,11 +106,11 @@ def prepared(spec: LayerSpec, step: AttentionBatch, num_layers: int) -> Callable
     return run
 
 
-def decode_us(spec: LayerSpec, rows: int, context: int) -> float:
-    """Microseconds a layer of one decode step takes inside a CUDA graph."""
-    size = 4 * rows * context * spec.num_kv_heads * DIM
+def us_of_layer(spec: LayerSpec, step: AttentionBatch) -> float:
+    """Microseconds a layer of one step takes inside a CUDA graph, storing the new keys included."""
+    size = 4 * sum(step.host_seq_lens) * spec.num_kv_heads * DIM
     num_layers = max(2, min(64, (1 << 30) // size))
-    run = prepared(spec, batch(rows, 1, context - 1), num_layers)
+    run = prepared(spec, step, num_layers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -102,17 +124,20 @@ def main() -> None:
         f"# Attention backend `flash` on {torch.cuda.get_device_name()}\n\n{versions}; bf16, blocks of {BLOCK}, ",
         end="",
     )
-    print(f"head dimension {DIM}; copy {bandwidth / 1e12:.2f} TB/s.\n\nCommand: `python -m benchmarks.attention_gpu`\n")
-    print("| heads | rows x context | us a layer | us of its bytes at copy bandwidth | % |\n|---|---|---|---|---|")
-    for heads, kv_heads in HEADS:
-        spec = LayerSpec(heads, kv_heads, DIM, DIM**-0.5)
-        for rows, context in DECODES:
-            took, floor = decode_us(spec, rows, context), 4 * rows * context * kv_heads * DIM / bandwidth * 1e6
-            name = f"| {heads}/{kv_heads} | {rows} x {context}"
-            print(f"{name} | {took:.1f} | {floor:.1f} | {100 * floor / took:.0f} |", flush=True)
+    print(f"head dimension {DIM}; copy {bandwidth / 1e12:.2f} TB/s.\n\nCommand: `python -m benchmarks.attention_gpu`")
+    even = {f"{rows} x {context}": [context] * rows for rows, context in DECODES}
+    for title, decodes in (("rows x context", even), ("rows and contexts", UNEVEN)):
+        print(f"\n| heads | {title} | us a layer | us of its bytes at copy bandwidth | % |\n|---|---|---|---|---|")
+        for heads, kv_heads in HEADS:
+            for name, contexts in decodes.items():
+                step = batch_of([(1, context - 1) for context in contexts])
+                took = us_of_layer(LayerSpec(heads, kv_heads, DIM, DIM**-0.5), step)
+                floor = 4 * sum(contexts) * kv_heads * DIM / bandwidth * 1e6
+                row = f"| {heads}/{kv_heads} | {name} | {took:.1f} | {floor:.1f} | {100 * floor / took:.0f} |"
+                print(row, flush=True)
     print("\n| heads | rows x new tokens (+ stored) | ms a layer | TFLOP/s |\n|---|---|---|---|")
     for heads, kv_heads, rows, new, stored in PREFILLS:
-        took = median_ms(prepared(LayerSpec(heads, kv_heads, DIM, DIM**-0.5), batch(rows, new, stored), 1))
+        took = us_of_layer(LayerSpec(heads, kv_heads, DIM, DIM**-0.5), batch(rows, new, stored)) / 1e3
         flops = 4 * heads * DIM * rows * (new * stored + new * (new + 1) / 2)
         print(
             f"| {heads}/{kv_heads} | {rows} x {new} (+ {stored}) | {took:.3f} | {flops / took / 1e9:.0f} |", flush=True
