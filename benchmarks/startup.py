@@ -1,4 +1,6 @@
-"""Where the time from the start of a process to its first token goes, with Triton's cache empty (cold) and full (warm).
+"""Where the time from the start of a process to its first token goes, cold and warm.
+
+Cold: neither Triton's kernels nor Python's bytecode are cached, of no library. Warm: both are.
 
 python -m benchmarks.startup --model qwen3_0_6b --runs 3 --out benchmarks/results/h200/startup.md
 
@@ -84,7 +86,8 @@ print(json.dumps(spent))
 def run(code: str, cache: str, *arguments: object, python: Sequence[str] = ()) -> tuple[str, str]:
     """What `code` prints in a process of its own: its last line, and what it says on standard error."""
     command = [sys.executable, *python, "-c", START + code, *map(str, arguments)]
-    environment = os.environ | {"TRITON_CACHE_DIR": cache}
+    environment = os.environ | {"TRITON_CACHE_DIR": f"{cache}/kernels", "PYTHONPYCACHEPREFIX": f"{cache}/bytecode"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

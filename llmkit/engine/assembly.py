@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -21,7 +22,7 @@ from llmkit.engine.pools import allocate_pools, build_allocator, grouped, window
 from llmkit.engine.settings import EngineSettings
 from llmkit.engine.swap_costs import measure_costs
 from llmkit.engine.swapping import HostPool
-from llmkit.engine.trial import bytes_of_largest_steps, num_blocks_for
+from llmkit.engine.trial import AttentionAlone, bytes_of_largest_steps, compile_attention, num_blocks_for
 from llmkit.errors import CapacityError, ConfigError
 from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.cache import CacheAllocator, CacheSpec
@@ -62,15 +63,13 @@ def build_engine(
     depth = (1 if device.type == "cuda" else 0) if settings.depth == "auto" else settings.depth
     allocator = _allocator(cache, model, backend, settings, limits, reach, depth)
     max_model_len = min(reach, allocator.max_num_tokens or reach)
-    network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
-    meter = meter_of(device)
+    meter, on_trial = meter_of(device), partial(_on_trial, model, backend, limits.max_num_seqs, max_model_len)
     if meter is not None:
-
-        def on_trial(length: int) -> TorchExecutor:
-            backend.allocate(num_blocks_for(length, max_model_len, backend.requirements.block_size))
-            return _executor(model, network, backend, limits.max_num_seqs, max_model_len)
-
-        taken = bytes_of_largest_steps(on_trial, limits, max_model_len, meter)
+        has_compiled = compile_attention(partial(on_trial, AttentionAlone(model, backend)), limits, max_model_len)
+    network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
+    if meter is not None:
+        has_compiled()
+        taken = bytes_of_largest_steps(partial(on_trial, network), limits, max_model_len, meter)
         allocator = _allocator(cache, model, backend, settings, limits, reach, depth, taken)
         max_model_len = min(reach, allocator.max_num_tokens or reach)
     allocate_pools(backend, allocator)
@@ -119,6 +118,14 @@ def _executor(
     tokens = torch.zeros(max_num_seqs + 1, max_model_len + 1, dtype=torch.long, device=model.device)
     sampler = Sampler(model.architecture.vocab_size, max_num_seqs, model.device, model.eos_token_ids)
     return TorchExecutor(network, backend, sampler, builders[0], tokens, more_inputs=builders[1:])
+
+
+def _on_trial(
+    model: LoadedModel, backend: AttentionBackend, max_num_seqs: int, max_model_len: int, network: Network, length: int
+) -> TorchExecutor:
+    """An executor over a pool with room for one sequence of `length`."""
+    backend.allocate(num_blocks_for(length, max_model_len, backend.requirements.block_size))
+    return _executor(model, network, backend, max_num_seqs, max_model_len)
 
 
 def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens: int) -> HostPool:

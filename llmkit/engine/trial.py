@@ -7,19 +7,51 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.mixed_graph import TOKENS
 from llmkit.errors import CapacityError
+from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.scheduler import SchedulerSettings
+from llmkit.model.loading import LoadedModel
 from llmkit.model.memory import Meter
-from llmkit.model.rehearsal import rehearse
+from llmkit.model.network import LayerAttention
+from llmkit.model.rehearsal import compile_ahead, rehearse
 from llmkit.sampling_params import SamplingParams
 from llmkit.types import Admission, BlockTableEdit, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)
+
+
+class AttentionAlone:
+    """Stands for a network that is not there yet: attends in one layer of each kind, to nothing in particular."""
+
+    def __init__(self, model: LoadedModel, backend: AttentionBackend) -> None:
+        kinds = {spec: LayerAttention(backend, index) for index, spec in enumerate(backend.requirements.layers)}
+        self._layers, self._vocab_size = kinds, model.architecture.vocab_size
+        self._tensor: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        for spec, attention in self._layers.items():
+            heads = spec.num_heads, spec.num_kv_heads, spec.num_kv_heads
+            attention(*(torch.empty(len(input_ids), number, spec.head_dim, **self._tensor) for number in heads))
+        return torch.empty(len(rows), self._vocab_size, **self._tensor)
+
+
+def compile_attention(
+    make_executor: Callable[[int], TorchExecutor], limits: SchedulerSettings, max_model_len: int
+) -> Callable[[], None]:
+    """Begin to compile what steps launch outside the network, on an executor of `AttentionAlone`; returns a function
+    that waits for it."""
+    lengths = largest_prompts(limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
+    executor = make_executor(lengths[0])
+    prompts, decodes = largest_plans(lengths, max_model_len, executor.inputs.block_size)
+    plans = prompts, decodes, StepPlan(2, decodes.scheduled[:1])
+    return compile_ahead(executor.tokens.device, *(partial(executor.launch, plan) for plan in plans))
 
 
 def bytes_of_largest_steps(

@@ -6,6 +6,7 @@ model's dtype, on random tokens. Anything that does not match keeps transformers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from llmkit.interfaces.attention import LayerSpec
 from llmkit.model.feed_forward import ExpertLayer
 from llmkit.model.fused import FusedDecoder, FusedLayer
 from llmkit.model.loading import LoadedModel
-from llmkit.model.rehearsal import rehearse
+from llmkit.model.rehearsal import compile_ahead, rehearse
 from llmkit.model.routing import Route, routed
 from llmkit.model.structure import rotary_embedding, rotary_kinds, rotary_table
 
@@ -51,10 +52,12 @@ def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDeco
         return None, reason
     with torch.inference_mode():
         try:
+            decoder = FusedDecoder(model, max_model_len)
+            has_compiled = compile_ahead(model.device, *_runs(model, decoder, max_model_len))
             reason = _certify_layers(model, max_model_len)
+            has_compiled()
             if reason:
                 return None, reason
-            decoder = FusedDecoder(model, max_model_len)
             errors = _network_errors(model, decoder, max_model_len)
         except (AttributeError, RuntimeError, TypeError, ValueError) as fault:
             return None, f"structure: {str(fault).partition(chr(10))[0]}"
@@ -110,11 +113,7 @@ def _network_errors(
     model: LoadedModel, decoder: FusedDecoder, max_model_len: int
 ) -> list[tuple[str, float, dict[torch.dtype, float]]]:
     """What was compared on random tokens, its relative distance from the original, and how much is allowed."""
-    positions = _positions(max_model_len, model.device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.architecture.vocab_size, positions.shape, generator=generator).to(model.device)
-    rows = torch.arange(len(ids), device=model.device)
-    specs = list(model.architecture.layers.values())
+    ids, positions, rows = _tokens(model, max_model_len)
     modules = dict(model.module.named_modules())
     inner: Any = model.module.model
     seen: list[torch.Tensor] = []
@@ -127,16 +126,29 @@ def _network_errors(
     finally:
         for hook in hooks:
             hook.remove()
-    attentions = [_Dense(spec) for spec in specs]
     is_routed = any(isinstance(layer.feed_forward, ExpertLayer) for layer in decoder.layers)
     tolerance = ROUTED_TOLERANCE if is_routed else NETWORK_TOLERANCE
-    runs = [partial(decoder.forward, ids[:num], positions[:num], rows[:num], attentions) for num in SIZES]
-    rehearse(model.device, *runs)
+    runs = _runs(model, decoder, max_model_len)
     return [
         ("embeddings", _distance(decoder.embed(ids), seen[0]), EDGE_TOLERANCE),
         ("logits of the last layer's output", _distance(decoder.logits(seen[1]), out.logits[0]), EDGE_TOLERANCE),
         *(("logits", _distance(run(), out.logits[0, :num]), tolerance) for run, num in zip(runs, SIZES, strict=True)),
     ]
+
+
+def _runs(model: LoadedModel, decoder: FusedDecoder, max_model_len: int) -> list[Callable[[], torch.Tensor]]:
+    """The network on `SIZES` of the same tokens."""
+    ids, positions, rows = _tokens(model, max_model_len)
+    attentions = [_Dense(spec) for spec in model.architecture.layers.values()]
+    return [partial(decoder.forward, ids[:num], positions[:num], rows[:num], attentions) for num in SIZES]
+
+
+def _tokens(model: LoadedModel, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random tokens, their positions, and their rows."""
+    positions = _positions(max_model_len, model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.architecture.vocab_size, positions.shape, generator=generator)
+    return ids.to(model.device), positions, torch.arange(len(ids), device=model.device)
 
 
 def _distance(fused: torch.Tensor, original: torch.Tensor) -> float:

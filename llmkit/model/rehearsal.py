@@ -1,24 +1,33 @@
-"""Compiles the Triton kernels of a step side by side instead of one after the other as the step meets them."""
+"""Compiles the Triton kernels of a step side by side instead of one after the other as the step meets them.
+
+In processes of their own: most of Triton's work holds Python's lock. They find no GPU and need none; what they leave is
+Triton's cache on disk, in which the step then finds its kernels and their launchers.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import hashlib
 import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from threading import Lock
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 log = logging.getLogger(__name__)
-MAX_THREADS = 16
+MAX_PROCESSES = 16
+PATIENCE = 120.0
+"""Seconds after which a process that compiles is given up."""
 FRESH = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
-
 
 _is_on: ContextVar[bool] = ContextVar("llmkit_rehearses", default=False)
 
@@ -29,79 +38,124 @@ def is_rehearsing() -> bool:
 
 
 def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
-    """Call `steps` without running a kernel of theirs, then compile and load all that are new, in threads.
+    """Call `steps` without running a kernel of theirs, then compile all that are not in Triton's cache.
 
     A step meets zeros where kernels would have written, so no index leads astray; it must not read results back. Where
     nothing is compiled, on a CPU or in Triton's interpreter, the steps are not called. What fails here is left to the
     real step, which says why.
     """
+    compile_ahead(device, *steps)()
+
+
+def compile_ahead(device: torch.device, *steps: Callable[[], object]) -> Callable[[], None]:
+    """`rehearse`, but the kernels compile meanwhile: returns a function that waits for them."""
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return
+        return lambda: None
     try:
-        import triton
-        from triton.runtime.jit import JITFunction
+        works = _kernels_of(steps)
     except ImportError:
-        return
-    kernels: list[Any] = []
-    run: Any = JITFunction.run
-    index = torch.cuda.current_device() if device.index is None else device.index
+        return lambda: None
+    except Exception as fault:
+        log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
+        return lambda: None
+    return _side_by_side(works)
+
+
+class _Later:
+    """A kernel that is compiled, or read from Triton's cache, when it is launched."""
+
+    def __init__(self, compile_kernel: Callable[[], Any], finish: Callable[[Any], None]) -> None:
+        self._compile, self._finish = compile_kernel, finish
+
+    def result(self) -> Any:
+        """Triton asks for this if it has kept `self` in the kernel's place."""
+        kernel = self._compile()
+        self._finish(kernel)
+        return kernel
+
+
+class _Asked:
+    """What kernels ask of Triton's `AsyncCompileMode`: takes note of those that have to be compiled."""
+
+    def __init__(self) -> None:
+        self.works: dict[str, Callable[[], Any]] = {}
+
+    def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None]) -> _Later:
+        """`key` is what Triton's cache knows the kernel by."""
+        if key not in self.works and not _is_compiled(key):
+            self.works[key] = compile_kernel
+        return _Later(compile_kernel, finish)
+
+
+def _is_compiled(key: str) -> bool:
+    from triton.runtime.cache import get_cache_manager
+
+    folder: Any = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    return any(Path(folder.cache_dir).glob("__grp__*"))  # written last
+
+
+def _kernels_of(steps: Sequence[Callable[[], object]]) -> list[Callable[[], Any]]:
+    """What compiles the kernels that `steps` would launch and that are not in Triton's cache."""
+    from triton.runtime import _async_compile
+    from triton.runtime.jit import JITFunction
+
+    asked, run = _Asked(), JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernels.append(run(kernel, *args, grid=grid, warmup=True, **options))
-        return kernels[-1]
+        return run(kernel, *args, grid=grid, warmup=True, **options)
 
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(index,)) as pool:
-        JITFunction.run = compile_only
-        try:
-            with torch.inference_mode(), triton.AsyncCompileMode(pool, ignore_errors=True), _Zeros(), _marked():
-                for step in steps:
-                    step()
-        except Exception as fault:
-            log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
+    mode: Any = _async_compile.active_mode
+    JITFunction.run = compile_only
+    before, on = mode.set(asked), _is_on.set(True)
+    try:
+        with torch.inference_mode(), _Zeros():
+            for step in steps:
+                step()
+    finally:
+        mode.reset(before)
+        _is_on.reset(on)
+        JITFunction.run = run
+    return list(asked.works.values())
+
+
+def _side_by_side(works: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    """Do `works` in processes; returns a function that waits for them."""
+    context, number = multiprocessing.get_context("fork"), min(MAX_PROCESSES, os.cpu_count() or 1, len(works))
+    if number < 2:
+        return lambda: None
+    done = context.Value("i", 0)
+    processes = [context.Process(target=_work, args=(works, done), daemon=True) for _ in range(number)]
+    with warnings.catch_warnings():
+        # Threads of this process may hold locks for ever in the new ones, which is what PATIENCE is for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in processes:
+            process.start()
+    deadline = time.monotonic() + PATIENCE
+
+    def wait() -> None:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+
+    return wait
+
+
+def _work(works: Sequence[Callable[[], Any]], done: Any) -> None:
+    """Compile what no other process has begun, and the launchers; what fails says so in the real step."""
+    from triton.runtime import driver
+
+    gc.disable()  # what is garbage here is the parent's, on a device that this process must not touch
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    while True:
+        with done.get_lock():
+            number, done.value = done.value, done.value + 1
+        if number >= len(works):
             return
-        finally:
-            JITFunction.run = run
-        with _launchers_apart():
-            list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
-
-
-def _load(kernel: Any) -> None:
-    """Bring a kernel, or one that is still being compiled, to the device."""
-    kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
-    if kernel is not None:
-        _ = kernel.run  # makes the launcher, which the compiler does not
-
-
-@contextmanager
-def _launchers_apart() -> Iterator[None]:
-    """Triton imports every launcher under one name. One that was imported before, for a kernel with the same arguments,
-    comes back as the module of that name, filled anew: a thread would find in it what another has asked for meanwhile.
-    So they are imported one at a time, and each thread gets a copy.
-    """
-    from triton.runtime import build
-
-    load: Any = build._load_module_from_path
-    lock = Lock()
-
-    def load_alone(name: str, path: str) -> Any:
-        with lock:
-            return SimpleNamespace(**vars(load(name, path)))
-
-    build._load_module_from_path = load_alone
-    try:
-        yield
-    finally:
-        build._load_module_from_path = load
-
-
-@contextmanager
-def _marked() -> Iterator[None]:
-    token = _is_on.set(True)
-    try:
-        yield
-    finally:
-        _is_on.reset(token)
+        with contextlib.suppress(Exception):
+            kernel = works[number]()
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 class _Zeros(TorchFunctionMode):

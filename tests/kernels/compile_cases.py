@@ -6,10 +6,10 @@ and `test_every_kernel_is_compiled` says so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,16 +242,18 @@ def test_every_kernel_has_a_kind_in_profiles() -> None:
     assert [name for name in kernels_of_the_project() if kind_of(name) == REST] == []
 
 
-def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, launchers = SHAPES["qwen3_0_6b"], []
+def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In other processes: nothing but files tells of it."""
+    shape, hits = SHAPES["qwen3_0_6b"], []
+    cache, launchers = tmp_path / "cache", tmp_path / "launchers"
+    launchers.mkdir()
     driver = NothingLaunched()
-    driver.launcher_cls = lambda source, metadata: launchers.append(metadata.name) or (lambda *_: None)  # type: ignore[attr-defined]
-    driver.utils = SimpleNamespace(  # type: ignore[attr-defined]
-        load_binary=lambda *_: (1, 2, 3, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": MAX_SHARED}
-    )
-    triton.runtime.driver.set_active(driver)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    driver.launcher_cls = lambda _, metadata: (launchers / f"{metadata.name} {os.getpid()}").touch()  # type: ignore[attr-defined]
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(cache))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     x = torch.ones(24, shape.hidden_size, dtype=torch.bfloat16)
     written: list[torch.Tensor] = []
 
@@ -259,23 +261,25 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(monkeypatch: p
         total, normed = layer_kernels.add_rms_norm(x, x, (x[0], 1e-6))
         written.extend([total, normed, layer_kernels.activate_and_multiply(torch.cat([normed, total], dim=1), "silu")])
 
-    run = JITFunction.run
     rehearse(CPU, step)
     assert not written
-    rehearse(torch.device("cuda"), step, step)
-    assert JITFunction.run is run and len(written) == 6 and not any(tensor.any() for tensor in written)
-    assert sorted(launchers) == ["_activate_and_multiply", "_add_rms_norm"], "a launcher is missing, or was made twice"
-    asked: list[object] = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: asked.append(options) or True)
-    step()
-    assert not asked, "the step would compile again"
+    with compiling() as kernels:
+        triton.runtime.driver.set_active(driver)
+        run = JITFunction.run
+        rehearse(torch.device("cuda"), step, step)
+        assert JITFunction.run is run and len(written) == 6 and not any(tensor.any() for tensor in written)
+        names, processes = zip(*(path.name.split() for path in launchers.iterdir()), strict=True)
+        assert sorted(names) == ["_activate_and_multiply", "_add_rms_norm"], "a launcher is missing, or was made twice"
+        assert str(os.getpid()) not in processes and not hits
+        rehearse(torch.device("cuda"), step)
+        assert len(list(launchers.iterdir())) == 2, "what is in the cache was compiled again"
+        step()
+        for name, kernel in kernels[-2:]:
+            assert kernel.result().name == name if hasattr(kernel, "result") else kernel.name == name
+    assert hits == [True, True], "the step compiles again"
 
 
-def test_a_step_that_fails_in_rehearsal_is_left_to_fail_for_real(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+def test_a_step_that_fails_in_rehearsal_is_left_to_fail_for_real(caplog: pytest.LogCaptureFixture) -> None:
     run = JITFunction.run
     rehearse(torch.device("cuda"), lambda: torch.ones(2) @ torch.ones(3))
     assert "kernels compile one by one: inconsistent tensor size" in caplog.text and JITFunction.run is run
