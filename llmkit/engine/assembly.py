@@ -65,7 +65,8 @@ def build_engine(
     max_model_len = min(reach, allocator.max_num_tokens or reach)
     meter, on_trial = meter_of(device), partial(_on_trial, model, backend, limits.max_num_seqs, max_model_len)
     if meter is not None:
-        has_compiled = compile_attention(partial(on_trial, AttentionAlone(model, backend)), limits, max_model_len)
+        attention = partial(on_trial, AttentionAlone(model, backend))
+        has_compiled = compile_attention(attention, _graphs, limits, max_model_len)
     network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
     if meter is not None:
         has_compiled()
@@ -76,7 +77,7 @@ def build_engine(
     executor = _executor(model, network, backend, limits.max_num_seqs, max_model_len)
     if device.type == "cuda":
         executor.timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
-        executor.graphs = _graphs(executor) if settings.graphs else None
+        executor.graphs = _captured(executor) if settings.graphs else None
     bound_by = "the cache" if max_model_len < reach else "the model"
     engine_limits = EngineLimits(model.architecture.vocab_size, max_model_len, model.eos_token_ids, bound_by)
     num_tokens = min(limits.max_num_batched_tokens, max_model_len, allocator.spec.num_slots)
@@ -144,16 +145,12 @@ def _host_pool(executor: TorchExecutor, spec: CacheSpec, gib: float, num_tokens:
 
 
 @torch.inference_mode()
-def _graphs(executor: TorchExecutor) -> DecodeGraphs | None:
-    """Captured decode graphs, or None with the reason logged where backend or model cannot be captured."""
-    backend, on_device = executor.backend, executor.sampler.on_device
-    if on_device is None:
-        log.info("without triton decode runs without CUDA graphs")
-        return None
-    tables = [inputs.block_tables for inputs in (executor.inputs, *executor.more_inputs)]
-    graphs = DecodeGraphs(executor.network, backend, on_device.choose, executor.tokens, tables[0], tables[1:])
-    if not graphs.is_supported():
-        log.info("attention %s runs without CUDA graphs", type(backend).__name__)
+def _captured(executor: TorchExecutor) -> DecodeGraphs | None:
+    """Graphs of the first steps, or None with the reason logged where they cannot be captured."""
+    graphs = _graphs(executor)
+    if graphs is None:
+        what = f"attention {type(executor.backend).__name__}" if executor.sampler.on_device else "without triton decode"
+        log.info("%s runs without CUDA graphs", what)
         return None
     try:
         graphs.capture()
@@ -161,3 +158,13 @@ def _graphs(executor: TorchExecutor) -> DecodeGraphs | None:
         log.warning("decode runs without CUDA graphs: %s", str(fault).partition("\n")[0])
         return None
     return graphs
+
+
+def _graphs(executor: TorchExecutor) -> DecodeGraphs | None:
+    """Graphs that are still to be captured, where backend and sampler let them be."""
+    backend, on_device = executor.backend, executor.sampler.on_device
+    if on_device is None:
+        return None
+    tables = [inputs.block_tables for inputs in (executor.inputs, *executor.more_inputs)]
+    graphs = DecodeGraphs(executor.network, backend, on_device.choose, executor.tokens, tables[0], tables[1:])
+    return graphs if graphs.is_supported() else None

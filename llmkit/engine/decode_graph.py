@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -77,7 +77,13 @@ class DecodeGraphs:
         self._counts = backend.reads_once(tokens.numel())
         self._counted: tuple[Lineup | None, int] = (None, 0)
         self._pool = torch.cuda.graph_pool_handle()
-        self.mixed: MixedGraphs | None = None
+
+    @cached_property
+    def mixed(self) -> MixedGraphs | None:
+        """Graphs of steps with prompts, if the backend lets them be captured."""
+        parts = self._network, self._backend, self._choose, self._tokens, self._tables, self._pool
+        mixed = MixedGraphs(Device(*parts, self._more_tables))
+        return mixed if mixed.is_supported() else None
 
     def apply(self, plan: StepPlan) -> None:
         """Bring the plan's block-table edits to the device; work is proportional to the blocks that are new."""
@@ -96,7 +102,8 @@ class DecodeGraphs:
 
     def run(self, plan: StepPlan) -> Decoded:
         """Replay a step that `takes` said yes to. Raises RuntimeError if it cannot be captured."""
-        if self.mixed is not None and not is_decode(plan.scheduled):
+        if not is_decode(plan.scheduled):
+            assert self.mixed is not None
             return self.mixed.run(plan.scheduled)
         num_rows = len(plan.scheduled)
         size = next(size for size in self._buckets if size >= num_rows)
@@ -112,15 +119,18 @@ class DecodeGraphs:
         The rest follow when they are first needed.
         """
         started = time.perf_counter()
-        parts = self._network, self._backend, self._choose, self._tokens, self._tables, self._pool
-        mixed = MixedGraphs(Device(*parts, self._more_tables))
-        self.mixed = mixed if mixed.is_supported() else None
-        sizes = dict.fromkeys((self._buckets[-1], self._buckets[0]))
-        first = [self.mixed.smallest] if self.mixed is not None else []  # else the first prompt waits for its kernels
-        rehearse(self._tokens.device, *(partial(self._step, self._padding(size), 0) for size in sizes), *first)
-        for size in sizes:
+        rehearse(self._tokens.device, *self.first_steps())
+        for size in self._first_sizes():
             self._captured[size, False] = self._capture(size, 0)
         log.info("captured %d decode graphs in %.1f s", len(self._captured), time.perf_counter() - started)
+
+    def first_steps(self) -> list[Callable[[], object]]:
+        """The steps that `capture` captures, and the smallest with prompts, so that none waits for its kernels."""
+        decodes = [partial(self._step, self._padding(size), 0) for size in self._first_sizes()]
+        return [*decodes, self.mixed.smallest] if self.mixed is not None else [*decodes]
+
+    def _first_sizes(self) -> list[int]:
+        return list(dict.fromkeys((self._buckets[-1], self._buckets[0])))
 
     def is_supported(self) -> bool:
         """Whether the backend lets decode steps be captured."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmkit.engine.decode_graph import DecodeGraphs
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.mixed_graph import TOKENS
 from llmkit.errors import CapacityError
@@ -43,15 +44,22 @@ class AttentionAlone:
 
 
 def compile_attention(
-    make_executor: Callable[[int], TorchExecutor], limits: SchedulerSettings, max_model_len: int
+    make_executor: Callable[[int], TorchExecutor],
+    make_graphs: Callable[[TorchExecutor], DecodeGraphs | None],
+    limits: SchedulerSettings,
+    max_model_len: int,
 ) -> Callable[[], None]:
-    """Begin to compile what steps launch outside the network, on an executor of `AttentionAlone`; returns a function
-    that waits for it."""
+    """Begin to compile what steps launch outside the network, on an executor of `AttentionAlone` and its graphs;
+    returns a function that waits for it. Without room for them nothing is compiled."""
     lengths = largest_prompts(limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
-    executor = make_executor(lengths[0])
-    prompts, decodes = largest_plans(lengths, max_model_len, executor.inputs.block_size)
-    plans = prompts, decodes, StepPlan(2, decodes.scheduled[:1])
-    return compile_ahead(executor.tokens.device, *(partial(executor.launch, plan) for plan in plans))
+    try:
+        executor = make_executor(lengths[0])
+        graphs = make_graphs(executor)
+    except torch.OutOfMemoryError:
+        return lambda: None
+    plans = largest_plans(lengths, max_model_len, executor.inputs.block_size)
+    first = graphs.first_steps() if graphs is not None else []
+    return compile_ahead(executor.tokens.device, *(partial(executor.launch, plan) for plan in plans), *first)
 
 
 def bytes_of_largest_steps(

@@ -120,11 +120,15 @@ def _kernels_of(steps: Sequence[Callable[[], object]]) -> list[Callable[[], Any]
 
 def _side_by_side(works: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     """Do `works` in processes; returns a function that waits for them."""
-    context, number = multiprocessing.get_context("fork"), min(MAX_PROCESSES, os.cpu_count() or 1, len(works))
-    if number < 2:
+    context, count = multiprocessing.get_context("fork"), min(MAX_PROCESSES, os.cpu_count() or 1, len(works))
+    if count < 2:
         return lambda: None
-    done = context.Value("i", 0)
-    processes = [context.Process(target=_work, args=(works, done), daemon=True) for _ in range(number)]
+    numbers = context.SimpleQueue()
+    for number in range(len(works)):
+        numbers.put(number)
+    processes = [context.Process(target=_work, args=(works, numbers), daemon=True) for _ in range(count)]
+    for _ in processes:
+        numbers.put(None)
     with warnings.catch_warnings():
         # Threads of this process may hold locks for ever in the new ones, which is what PATIENCE is for.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -141,18 +145,14 @@ def _side_by_side(works: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     return wait
 
 
-def _work(works: Sequence[Callable[[], Any]], done: Any) -> None:
+def _work(works: Sequence[Callable[[], Any]], numbers: Any) -> None:
     """Compile what no other process has begun, and the launchers; what fails says so in the real step."""
     from triton.runtime import driver
 
     gc.disable()  # what is garbage here is the parent's, on a device that this process must not touch
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    while True:
-        with done.get_lock():
-            number, done.value = done.value, done.value + 1
-        if number >= len(works):
-            return
+    for number in iter(numbers.get, None):
         with contextlib.suppress(Exception):
             kernel = works[number]()
             driver.active.launcher_cls(kernel.src, kernel.metadata)
