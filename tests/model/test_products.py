@@ -118,6 +118,7 @@ def test_only_steps_inside_are_measured(layers: list[Product]) -> None:
     with measuring(Clock(0.5)):
         run(layers, 3)
     assert not any(run(layers, 4)) and layers[0].kind.takes_zeros == {3: True}
+    assert products._met.get() is None, "what runs outside is not kept"
 
 
 def test_a_step_that_fails_decides_nothing(layers: list[Product]) -> None:
@@ -183,9 +184,11 @@ def test_both_ways_are_as_exact(large: list[Product], rows: int) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("takes_zeros", [False, True])
 def test_weights_come_from_memory_when_they_are_timed(large: list[Product], takes_zeros: bool) -> None:
-    """No GPU of today reads 10 TB/s; its L2 cache would."""
+    """Hardly faster than a copy, as they would be from the L2 cache."""
     met, zeros = products.Met(inputs_of(64), [layer.weight for layer in large]), large[0].kind.zeros
-    seen: list[float] = []
+    source = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    target, seen = torch.empty_like(source), []
+    copied = min(products.device_seconds([lambda: target.copy_(source)]) for _ in range(5)) / (2 * source.nbytes)
 
     def seconds(launches: Sequence[Any]) -> float:
         took = products.device_seconds(launches)
@@ -194,7 +197,7 @@ def test_weights_come_from_memory_when_they_are_timed(large: list[Product], take
         return took
 
     products.is_faster_with(zeros, met, seconds)
-    assert len(seen) == NUM_RUNS + 1 and min(seen) > 1e-13
+    assert len(seen) == NUM_RUNS + 1 and min(seen) > copied / 1.2
 
 
 @pytest.mark.cuda
