@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmkit.model.products import measuring
+
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows' numbers int64 [k, n] -> logits [n, vocab] and results int64 [2, n], as of `DeviceSampler.choose`."""
 Choose = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +46,7 @@ class Captured:
         """Capture `step`, whose memory comes from `pool`, over `inputs`, with which it runs once."""
         stream = _side_stream(inputs.device)
         stream.wait_stream(torch.cuda.current_stream(inputs.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), measuring():
             step(inputs)  # compiles kernels and creates handles, which a capture must not do
         torch.cuda.current_stream(inputs.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

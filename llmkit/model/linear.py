@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from llmkit.model.products import Product, has_choice
+
 PACK_LIMIT_BYTES = 256 << 20
 """A packed weight is a second copy, so only small ones are packed."""
 
@@ -18,8 +20,11 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """`x @ weight.T + bias` for `weight` [out, in].
 
     On CPUs with native bfloat16 the weight is brought into oneDNN's blocked layout here instead of in every call,
-    which halves the time of a decode step's products (the operators are those torch's own compiler emits).
+    which halves the time of a decode step's products (the operators are those torch's own compiler emits). On a GPU
+    large products choose between two libraries.
     """
+    if has_choice(weight, bias):
+        return Product(weight)
     if not _packs(weight):
         return lambda x: F.linear(x, weight, bias)
     operators: Any = torch.ops.mkldnn
