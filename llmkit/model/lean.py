@@ -1,10 +1,10 @@
 """Imports transformers without what no run of llmkit uses, which is most of the time such an import takes.
 
-Its modelling code also imports torch._dynamo, torch.distributed.tensor and sympy, and accelerate, scikit-learn or
-torchvision where they are installed; it reads every file of its 500 model folders, twice, and the file lists of all
-installed distributions. Inside `lean_imports` all that waits: a name that is imported from such a module stands for the
-real one until it is called, subclassed or looked into. Behind the block nothing of it is left in `sys.modules`, so
-whoever imports those modules afterwards gets them as they are.
+Its modelling code also imports torch._dynamo, torch.distributed.tensor and every loss there is, and accelerate,
+scikit-learn or torchvision where they are installed; it reads every file of its 500 model folders, twice, and the file
+lists of all installed distributions. Torch's meta kernels import sympy. Inside `lean_imports` all that waits: a name
+that is imported from such a module stands for the real one until it is called, subclassed or looked into. Behind the
+block nothing of it is left in `sys.modules`, so whoever imports those modules afterwards gets them as they are.
 """
 
 from __future__ import annotations
@@ -14,31 +14,37 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Union, Unpack
 
+from llmkit.model.distributions import Distributions
+
 DYNAMO = "torch._dynamo"
+SHAPES = "torch.fx.experimental.symbolic_shapes"
 DEFERRED = (
     DYNAMO,
+    SHAPES,
+    "sympy",
     *(f"torch.{name}" for name in ("distributed.checkpoint", "distributed.fsdp", "distributed.tensor")),
     "torch.nn.attention.flex_attention",
     *(f"transformers.distributed.{name}" for name in ("checkpoint", "expert_parallel", "fsdp", "parallel_utils")),
     *(f"transformers.distributed.{name}" for name in ("pipeline_parallel", "sharding_utils", "tensor_parallel")),
     "transformers.generation.continuous_batching.cache",
-    *(f"transformers.integrations.{name}" for name in ("deepgemm", "finegrained_fp8", "flash_paged", "flex_attention")),
-    *(f"transformers.{name}" for name in ("image_utils", "loss.loss_utils", "processing_utils", "quantizers.auto")),
+    *(f"transformers.integrations.{name}" for name in ("deepgemm", "flash_paged", "flex_attention")),
+    *(f"transformers.loss.loss_{name}" for name in ("ctc", "d_fine", "deformable_detr", "deimv2", "grounding_dino")),
+    *(f"transformers.loss.loss_{name}" for name in ("for_object_detection", "lsd", "lw_detr", "rf_detr", "rnnt")),
+    *(f"transformers.loss.loss_{name}" for name in ("rt_detr", "tdt")),
+    *(f"transformers.{name}" for name in ("image_utils", "processing_utils", "quantizers.auto")),
     *("accelerate", "httpx._main", "librosa", "sklearn", "torchaudio", "torchvision"),
 )
 """Modules that wait, with all below them. A name that some version of transformers does not know does no harm."""
 UNREAD = "transformers.models"
 """The package whose own code reads every file below it; its submodules are imported as usual."""
-MARKS = ("allow_in_graph", "assume_constant_result")
-"""Decorators of torch._dynamo that return what they are given; they are applied when torch._dynamo is imported."""
 
 
 @contextmanager
@@ -55,7 +61,7 @@ def lean_imports() -> Iterator[None]:
     finder = _Finder.current = _Finder()
     listed = importlib.metadata.packages_distributions
     sys.meta_path.insert(0, finder)
-    importlib.metadata.packages_distributions = lambda: _Distributions(listed)
+    importlib.metadata.packages_distributions = lambda: Distributions(listed)
     try:
         yield
     finally:
@@ -95,11 +101,15 @@ class _Finder(MetaPathFinder, Loader):
         """There is nothing to run."""
 
     def bring(self, name: str) -> None:
-        """From now on imports of `name`, and of what is deferred with it, are real."""
+        """From now on imports of `name`, and of what is deferred with it, are real.
+
+        Modules of torch calculate with names of sympy and compare them by identity, which no stand-in can do.
+        """
         root = _root_of(name)
         if root is not None:
-            self._wanted.add(root)
-            self.forget(root)
+            roots = (root, SHAPES, "sympy") if root.startswith("torch.") else (root,)
+            self._wanted.update(roots)
+            self.forget(*roots)
 
     @staticmethod
     def forget(*roots: str) -> None:
@@ -127,10 +137,16 @@ class _Absent(ModuleType):
             raise AttributeError(name)
         if name == "Unpack":  # all that modelling code wants of transformers.processing_utils
             return Unpack
+        real = sys.modules.get(self.__name__)
+        if real is not self and hasattr(real, name):
+            return getattr(real, name)
         inner = f"{self.__name__}.{name}"
         if self.__name__ == UNREAD and importlib.util.find_spec(inner) is not None:
             return importlib.import_module(inner)
-        return sys.modules.get(inner) or _Later(self.__name__, name)
+        answer = sys.modules.get(inner) or _Later(self.__name__, name)
+        if self.__name__ == SHAPES:
+            vars(self)[name] = answer  # one probe imports these tens of thousands of times
+        return answer
 
 
 class _Later:
@@ -138,6 +154,7 @@ class _Later:
 
     def __init__(self, module: str, name: str) -> None:
         self.__module__, self.__name__ = module, name
+        self._early = EARLY.get((module, name))
 
     @cached_property
     def _real(self) -> Any:
@@ -152,12 +169,9 @@ class _Later:
         return getattr(self._real, name)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if self.__module__ == DYNAMO and not _is_loaded(DYNAMO):
-            if self.__name__ in MARKS:
-                return _when_dynamo_comes(self.__name__, *args)
-            if self.__name__ == "disable" and args:
-                return _disabled_later(*args, **options)
-        return self._real(*args, **options)
+        if self._early is None or _is_loaded(self.__module__):
+            return self._real(*args, **options)
+        return self._early(*args, **options)
 
     def __instancecheck__(self, instance: object) -> bool:
         # Nothing is an instance of a class of a module that never ran.
@@ -189,12 +203,15 @@ class _Later:
 
 
 def _is_loaded(name: str) -> bool:
-    return not isinstance(sys.modules.get(name), _Absent | None)
+    module = sys.modules.get(name)
+    return module is not None and type(module) is not _Absent
 
 
-def _disabled_later(function: Any, *args: Any, **options: Any) -> Any:
+def _disabled_later(function: Any = None, *args: Any, **options: Any) -> Any:
     """`torch._dynamo.disable(function, ...)`. Nothing can be compiled before torch._dynamo is there, so until then
     `function` itself will do: many of torch's meta kernels ask for this when they first run."""
+    if function is None:
+        return partial(_disabled_later, **options)
     disabled: Any = None
 
     @wraps(function)
@@ -219,6 +236,22 @@ def _when_dynamo_comes(mark: str, function: Any) -> Any:
     return function
 
 
+CONDITIONS = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
+EARLY: dict[tuple[str, str], Callable[..., Any]] = {
+    (DYNAMO, "disable"): _disabled_later,
+    **{(DYNAMO, mark): partial(_when_dynamo_comes, mark) for mark in ("allow_in_graph", "assume_constant_result")},
+    **{(SHAPES, name): lambda condition, *_: condition for name in CONDITIONS},
+    (SHAPES, "is_nested_int"): lambda _: False,
+    (SHAPES, "sym_and"): lambda *conditions: all(conditions),
+    (SHAPES, "sym_or"): lambda *conditions: any(conditions),
+    (SHAPES, "sym_eq"): lambda x, y: x == y if isinstance(x, int) else tuple(x) == tuple(y),
+}
+"""What callables of deferred modules do before their module comes.
+
+All numbers are plain before torch.fx.experimental.symbolic_shapes comes, which torch's meta kernels ask about each.
+"""
+
+
 class _Marking(MetaPathFinder):
     """Finds torch._dynamo as usual, but has it handed the functions that were waiting for it."""
 
@@ -238,30 +271,3 @@ class _Marking(MetaPathFinder):
 
             spec.loader.exec_module = run_and_mark  # type: ignore[method-assign]
         return spec
-
-
-class _Distributions(Mapping[str, list[str]]):
-    """`packages_distributions()`, which lists the files of every distribution, where a name alone does not tell."""
-
-    def __init__(self, listed: Callable[[], Mapping[str, list[str]]]) -> None:
-        self._listed = listed
-
-    @cached_property
-    def _all(self) -> Mapping[str, list[str]]:
-        return self._listed()
-
-    def __getitem__(self, package: str) -> list[str]:
-        if "_all" in self.__dict__:
-            return self._all[package]
-        try:
-            return [importlib.metadata.distribution(package).metadata["Name"]]
-        except importlib.metadata.PackageNotFoundError:
-            if importlib.util.find_spec(package) is None:
-                raise KeyError(package) from None
-        return self._all[package]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all)
-
-    def __len__(self) -> int:
-        return len(self._all)

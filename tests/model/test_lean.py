@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("accelerate", "librosa", "sklearn", "torchaudio", "torchvision")
-LATE = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "transformers.models", "rich", "matplotlib")
+LATE = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.fx.experimental.symbolic_shapes")
+LATE += ("sympy", "transformers.loss.loss_d_fine", "transformers.models", "rich", "matplotlib")
 RUN = """
 import json, sys
 from llmkit import LLM, SamplingParams
@@ -59,7 +60,11 @@ from transformers import masking_utils, modeling_utils
 assert isinstance(DTensor, type) and isinstance(Shard(0), Shard)
 assert transformers.models.qwen3 is qwen3 and transformers.models.LlamaConfig().model_type == "llama"
 assert not isinstance(1, masking_utils.BlockMask)
-assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2.0, 2.0]
+several = torch.compile(lambda x: x + 1 if x.shape[0] > 2 else x - 1, backend="eager", dynamic=True)
+assert several(torch.ones(2)).tolist() == [0.0, 0.0] and several(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+import sympy
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+assert sympy.solve("x**2 - 4") == [-2, 2] and isinstance(ShapeEnv, type)
 from torch._dynamo import trace_rules
 functions = [getattr(f, "fget", f) for f in vars(modeling_utils.PreTrainedModel).values()]
 assert any(map(trace_rules.is_callable_allowed, functions)), "nothing is marked for the compiler"
@@ -123,6 +128,40 @@ assert sys.modules["librosa"] is librosa
 print("fine")
 """
     assert run(code, tmp_path) == "fine"
+
+
+def test_meta_kernels_need_no_sympy_and_have_it_as_soon_as_numbers_are_symbols() -> None:
+    code = """
+import sys, torch
+from llmkit.model.lean import lean_imports
+with lean_imports():
+    import sympy as early
+    from torch.fx.experimental import symbolic_shapes as shapes
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, is_nested_int, sym_and, sym_eq, sym_or
+    x = torch.empty(3, 2, device="meta").mul(2).add(torch.empty(2, device="meta"))
+    assert x.shape == (3, 2) and x.normal_().sum(0).shape == (2,)
+    assert guard_or_false(True) and not guard_or_false(False) and not is_nested_int(3)
+    assert sym_eq([3, 2], x.shape) and not sym_eq(x.shape, (3, 3)) and sym_eq(3, 3) and not sym_eq(3, 2)
+    assert sym_and(True, True) and not sym_and(True, False) and sym_or(False, True) and not sym_or(False, False)
+    assert not isinstance(x, early.Basic) and not hasattr(early, "__version__") and not hasattr(shapes, "__file__")
+    try:
+        torch.empty(3, device="meta") + torch.empty(2, device="meta")
+    except RuntimeError as error:
+        assert "broadcast" in str(error), error
+    else:
+        raise AssertionError("sizes that do not fit were taken")
+    seen = []
+    def compiler(graph, inputs):
+        seen.extend(s for s in inputs if isinstance(s, torch.SymInt))
+        return graph
+    double = torch.compile(lambda x: x * 2 if x.shape[0] > 4 else x, backend=compiler, dynamic=True)
+    assert double(torch.ones(5)).sum() == 10 and double(torch.ones(2)).sum() == 2
+    size = seen[0]
+    assert isinstance(size.node.expr, early.Symbol) and early.true is sys.modules["sympy"].true
+    assert isinstance(sym_eq(size, 7), torch.SymBool) and guard_or_false(size > 4)
+print("fine")
+"""
+    assert run(code) == "fine"
 
 
 def test_a_distribution_is_told_by_its_name_or_looked_up_among_all() -> None:
