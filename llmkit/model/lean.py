@@ -23,8 +23,8 @@ from types import ModuleType
 from typing import Any, Union, Unpack
 
 from llmkit.model.distributions import Distributions
+from llmkit.model.import_hooks import DYNAMO, look_at_ends, then, when_dynamo_comes
 
-DYNAMO = "torch._dynamo"
 SHAPES = "torch.fx.experimental.symbolic_shapes"
 DEFERRED = (
     DYNAMO,
@@ -45,13 +45,16 @@ DEFERRED = (
 """Modules that wait, with all below them. A name that some version of transformers does not know does no harm."""
 UNREAD = "transformers.models"
 """The package whose own code reads every file below it; its submodules are imported as usual."""
+READER = "transformers.utils.import_utils"
+"""What reads the same files once more, for the names that transformers itself offers."""
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """A block whose imports bring `DEFERRED` in when used only. What is imported already stays; blocks may nest.
 
-    Garbage is not collected meanwhile: imports make hundreds of thousands of objects and hardly any garbage.
+    Garbage is not collected meanwhile: imports make hundreds of thousands of objects and hardly any garbage. Afterwards
+    they count as old, so that the next collections of young objects do not look at them.
     """
     if _Finder.current is not None:
         yield
@@ -70,6 +73,9 @@ def lean_imports() -> Iterator[None]:
         finder.forget(*DEFERRED, UNREAD)
         _Finder.current = None
         if collects:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -82,6 +88,8 @@ class _Finder(MetaPathFinder, Loader):
         self._wanted: set[str] = set()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == READER:
+            return then(PathFinder.find_spec(name, path), look_at_ends)
         root = _root_of(name)
         if root is None or root in self._wanted:
             return None
@@ -226,20 +234,10 @@ def _disabled_later(function: Any = None, *args: Any, **options: Any) -> Any:
     return run
 
 
-def _when_dynamo_comes(mark: str, function: Any) -> Any:
-    """Have torch._dynamo mark `function` as soon as somebody imports it, as in an ordinary import it would now."""
-    waiting = next((finder for finder in sys.meta_path if isinstance(finder, _Marking)), None)
-    if waiting is None:
-        waiting = _Marking()
-        sys.meta_path.insert(0, waiting)
-    waiting.marks.append((mark, function))
-    return function
-
-
 CONDITIONS = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
 EARLY: dict[tuple[str, str], Callable[..., Any]] = {
     (DYNAMO, "disable"): _disabled_later,
-    **{(DYNAMO, mark): partial(_when_dynamo_comes, mark) for mark in ("allow_in_graph", "assume_constant_result")},
+    **{(DYNAMO, mark): partial(when_dynamo_comes, mark) for mark in ("allow_in_graph", "assume_constant_result")},
     **{(SHAPES, name): lambda condition, *_: condition for name in CONDITIONS},
     (SHAPES, "is_nested_int"): lambda _: False,
     (SHAPES, "sym_and"): lambda *conditions: all(conditions),
@@ -250,24 +248,3 @@ EARLY: dict[tuple[str, str], Callable[..., Any]] = {
 
 All numbers are plain before torch.fx.experimental.symbolic_shapes comes, which torch's meta kernels ask about each.
 """
-
-
-class _Marking(MetaPathFinder):
-    """Finds torch._dynamo as usual, but has it handed the functions that were waiting for it."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[str, Any]] = []
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == DYNAMO else None
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_mark(module: ModuleType) -> None:
-                run(module)
-                sys.meta_path.remove(self)
-                for mark, function in self.marks:
-                    getattr(module, mark)(function)
-
-            spec.loader.exec_module = run_and_mark  # type: ignore[method-assign]
-        return spec

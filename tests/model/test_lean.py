@@ -164,6 +164,29 @@ print("fine")
     assert run(code) == "fine"
 
 
+def test_what_is_made_in_the_block_counts_as_old_and_what_is_frozen_stays_frozen() -> None:
+    code = """
+import gc
+from llmkit.model.lean import lean_imports
+with lean_imports():
+    made = []
+assert any(thing is made for thing in gc.get_objects(generation=2)) and not gc.get_freeze_count()
+gc.freeze()
+frozen = gc.get_freeze_count()
+with lean_imports():
+    pass
+assert gc.get_freeze_count() == frozen > 0 and gc.isenabled()
+print("fine")
+"""
+    assert run(code) == "fine"
+
+
+def test_transformers_offers_the_same_names() -> None:
+    names = "print(sorted(transformers._class_to_module.items()))"
+    quick = "assert transformers.utils.import_utils.fetch__all__.__module__ == 'llmkit.model.import_hooks'\n"
+    assert run("import llmkit.llm, transformers\n" + quick + names) == run(f"import transformers\n{names}")
+
+
 def test_a_distribution_is_told_by_its_name_or_looked_up_among_all() -> None:
     code = """
 import importlib.metadata
