@@ -120,8 +120,6 @@ def test_an_engine_stays_within_its_share_of_the_gpu(share: float, caplog: pytes
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    if free < 0.95 * total:
-        pytest.skip("others hold memory of this GPU, which count as taken: run this test alone")
     caplog.set_level(logging.INFO)
     llm = LLM("qwen3_0_6b", max_model_len=4096, gpu_memory_utilization=share)
     prompts = [[7] * 2048 for _ in range(256)]
