@@ -48,6 +48,9 @@ UNREAD = "transformers.models"
 READER = "transformers.utils.import_utils"
 """What reads the same files once more, for the names that transformers itself offers."""
 
+FROZEN_BY_PYTHON = 1000
+"""Python 3.12 freezes some hundreds of objects itself when it starts; an application that freezes has more."""
+
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
@@ -73,7 +76,7 @@ def lean_imports() -> Iterator[None]:
         finder.forget(*DEFERRED, UNREAD)
         _Finder.current = None
         if collects:
-            if not gc.get_freeze_count():
+            if gc.get_freeze_count() < FROZEN_BY_PYTHON:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

@@ -92,15 +92,17 @@ def test_packages_are_lazy_inside_the_block_only_and_absent_ones_stay_absent(tmp
     (tmp_path / "librosa" / "__init__.py").write_text("rate = 7\ndef load(): return 8\nclass Sound: ...\n")
     code = """
 import gc, importlib.util
+from llmkit.model import lean
 from llmkit.model.lean import lean_imports
+lean.DEFERRED += ("not_there",)
 with lean_imports():
     import librosa as waiting
     from librosa import Sound, load
     with lean_imports():
         from librosa import rate
-    assert importlib.util.find_spec("torchaudio") is None and not gc.isenabled()
+    assert importlib.util.find_spec("not_there") is None and not gc.isenabled()
     try:
-        import torchaudio
+        import not_there
     except ImportError:
         pass
     assert not isinstance(3, Sound) and "librosa" in sys.modules
@@ -171,6 +173,7 @@ from llmkit.model.lean import lean_imports
 with lean_imports():
     made = []
 assert any(thing is made for thing in gc.get_objects(generation=2)) and not gc.get_freeze_count()
+more = [[] for _ in range(1000)]
 gc.freeze()
 frozen = gc.get_freeze_count()
 with lean_imports():
