@@ -165,9 +165,11 @@ class LLM:
                 raise
             except Exception as error:
                 raise RequestError(f"the prompt cannot be encoded: {first_line(error)}") from error
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not _are_ids(prompt):
+        # prompts are long, so their types are looked at, not the tokens one by one
+        kinds = set(map(type, prompt)) if isinstance(prompt, Sequence) else {object}
+        if isinstance(prompt, bytes) or not all(issubclass(kind, int) and kind is not bool for kind in kinds):
             raise RequestError("a prompt is a string or a list of token ids")
-        return [*map(int, prompt)]
+        return list(prompt) if kinds <= {int} else [*map(int, prompt)]
 
     def _encode_chat(self, conversation: Any) -> list[int]:
         tokenizer = self._tokenizer()
@@ -244,11 +246,6 @@ class LLM:
         if backend is None and params.stop:
             raise RequestError(f"model {self.model.name!r} has no tokenizer; stop strings need one")
         return None if backend is None else StreamDetokenizer(backend, prompt_token_ids)
-
-
-def _are_ids(tokens: Sequence[object]) -> bool:
-    """Whether all are integers; prompts are long, so their types are looked at, not the tokens one by one."""
-    return all(issubclass(kind, int) and kind is not bool for kind in set(map(type, tokens)))
 
 
 def as_batch(prompts: Prompts) -> list[Any]:

@@ -154,7 +154,8 @@ class TorchExecutor:
         self._admissions[slot] = admission
         wants = admission.sampling_params.prompt_logprobs is not None
         (self._with_prompt_logprobs.add if wants else self._with_prompt_logprobs.discard)(slot)
-        self.tokens[slot, : len(token_ids)] = to_device(token_ids, self.tokens.device)
+        tokens = torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids)))
+        self.tokens[slot, : len(tokens)] = to_device(tokens, self.tokens.device)
         self.sampler.set_slot(slot, admission.sampling_params, admission.seed, admission.num_prompt_tokens)
 
     def _batch(self, packed: PackedInputs, positions: torch.Tensor) -> AttentionBatch:

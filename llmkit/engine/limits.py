@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from llmkit.errors import RequestError
 from llmkit.types import Request
@@ -29,13 +31,21 @@ def check_request(request: Request, limits: EngineLimits) -> None:
             f"the prompt has {num_prompt} tokens, but {limits.bound_by} holds {limits.max_model_len} "
             "with at least one to generate"
         )
-    if min(request.token_ids) < 0 or max(request.token_ids) >= limits.vocab_size:
+    if not _lie_within(request.token_ids, limits.vocab_size):
         _check_ids("prompt", request.token_ids, limits.vocab_size)
     params = request.sampling_params
     _check_ids("logit_bias", params.logit_bias, limits.vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids or (), limits.vocab_size)
     _check_ids("bad_token_ids", params.bad_token_ids, limits.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
+
+
+def _lie_within(token_ids: Sequence[int], vocab_size: int) -> bool:
+    try:
+        ids = np.fromiter(token_ids, np.int64, len(token_ids))
+    except OverflowError:
+        return False
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
