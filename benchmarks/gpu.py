@@ -1,7 +1,9 @@
 """Throughput of the named GPU workloads: every run through `LLM.generate`, medians, one table.
 
-python benchmarks/gpu.py --model qwen3_0_6b nano256 single batch64
-python benchmarks/gpu.py --model llama_8b --max-num-seqs 512 single mixed512:1 --out llama_8b.md
+python -m benchmarks.gpu --model qwen3_0_6b nano256 single batch64
+python -m benchmarks.gpu --model llama_8b --max-num-seqs 512 single mixed512:1 --out llama_8b.md
+
+"Floor" is the least time that this GPU's bandwidth and products allow (`benchmarks.floor`), "reached" its part of ours.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.floor import Device, floor_seconds, measured_device, work_of
 from llmkit import LLM, SamplingParams
 from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.metrics.summary import summarise
@@ -35,15 +38,22 @@ def timed(llm: LLM, workload: str) -> tuple[float, int, int]:
     return seconds, sum(len(r.prompt_token_ids) for r in requests), num_out
 
 
-def measure(llm: LLM, workload: str, runs: int) -> str:
-    """A table row: the median of `runs` after one that is not counted, and what one more shows of host and device."""
+def measure(llm: LLM, workload: str, runs: int, device: Device | None = None) -> str:
+    """A table row: the median of `runs` after one that is not counted, what one more shows of host and device, and what
+    `device` would allow."""
     timed(llm, workload)
     results = [timed(llm, workload) for _ in range(runs)]
     seconds = statistics.median(seconds for seconds, _, _ in results)
     spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
     _, num_in, num_out = results[0]
     rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
-    row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} |"
+    row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} | "
+    if device is None:
+        row += "- | - |"
+    else:
+        lengths = [(len(r.prompt_token_ids), r.max_tokens) for r in WORKLOADS[workload](0)]
+        floor = floor_seconds(lengths, work_of(llm), device)
+        row += f"{floor:.2f} | {floor / seconds:.0%} |"
     print(row, flush=True)
     return row
 
@@ -75,6 +85,24 @@ def asked(text: str) -> tuple[str, int]:
     return workload, int(runs or 3)
 
 
+def title(llm: LLM, options: argparse.Namespace, limits: Any, loaded: float, device: Device) -> list[str]:
+    """What was measured on what, and the head of the table. `loaded`: seconds it took to build the engine."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return [
+        f"# {options.model}: random weights, bf16, greedy, EOS ignored",
+        "",
+        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
+        f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
+        f"max_model_len {options.max_model_len}, {network_of(llm)};",
+        f"medians of so many runs after one warm-up; built in {loaded:.1f} s; copy {device.bandwidth / 1e12:.2f} TB/s,",
+        f"product of 8192 x 8192 numbers by as many {device.flops / 1e12:.0f} TFLOP/s.",
+        "",
+        "| workload | runs | tokens in / out | seconds | output tok/s | input tok/s | spread "
+        "| host us/step | device idle | floor, s | reached |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -86,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--attention", default="flash")
     add("--out", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
+    device = measured_device()
     limits = {"max_num_seqs": options.max_num_seqs, "max_num_batched_tokens": options.max_num_batched_tokens}
     started = time.perf_counter()
     llm = LLM(
@@ -95,21 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         attention=options.attention,
         max_model_len=options.max_model_len,
     )
-    loaded = time.perf_counter() - started
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    lines = [
-        f"# {options.model}: random weights, bf16, greedy, EOS ignored",
-        "",
-        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
-        f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
-        f"max_model_len {options.max_model_len}, {network_of(llm)};",
-        f"medians of so many runs after one warm-up; built in {loaded:.1f} s.",
-        "",
-        "| workload | runs | tokens in / out | seconds | output tok/s | input tok/s | spread "
-        "| host us/step | device idle |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [measure(llm, workload, runs) for workload, runs in options.workloads]
+    lines = title(llm, options, limits, time.perf_counter() - started, device)
+    lines += [measure(llm, workload, runs, device) for workload, runs in options.workloads]
     print("\n".join(lines))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
