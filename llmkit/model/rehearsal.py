@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,30 +62,21 @@ def compile_ahead(device: torch.device, *steps: Callable[[], object]) -> Callabl
     return _side_by_side(works)
 
 
-class _Later:
-    """A kernel that is compiled, or read from Triton's cache, when it is launched."""
-
-    def __init__(self, compile_kernel: Callable[[], Any], finish: Callable[[Any], None]) -> None:
-        self._compile, self._finish = compile_kernel, finish
-
-    def result(self) -> Any:
-        """Triton asks for this if it has kept `self` in the kernel's place."""
-        kernel = self._compile()
-        self._finish(kernel)
-        return kernel
-
-
 class _Asked:
     """What kernels ask of Triton's `AsyncCompileMode`: takes note of those that have to be compiled."""
 
     def __init__(self) -> None:
         self.works: dict[str, Callable[[], Any]] = {}
 
-    def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None]) -> _Later:
-        """`key` is what Triton's cache knows the kernel by."""
+    def submit(self, key: str, compile_kernel: Callable[[], Any], finish: Callable[[Any], None]) -> Any:
+        """`key` is what Triton's cache knows the kernel by. Triton keeps what is returned in the kernel's place; the
+        first launch of it compiles the kernel, or reads it from that cache."""
+        from triton.runtime._async_compile import FutureKernel
+
         if key not in self.works and not _is_compiled(key):
             self.works[key] = compile_kernel
-        return _Later(compile_kernel, finish)
+        later: Any = SimpleNamespace(result=compile_kernel)
+        return FutureKernel(finish, later)
 
 
 def _is_compiled(key: str) -> bool:
