@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 log = logging.getLogger(__name__)
 MAX_PROCESSES = 16
-PATIENCE = 120.0
-"""Seconds after which a process that compiles is given up."""
+PATIENCE = 120
+"""Seconds after which a process that compiles is given up, and ends itself if it can."""
 FRESH = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
 
 _is_on: ContextVar[bool] = ContextVar("llmkit_rehearses", default=False)
@@ -43,7 +43,7 @@ def rehearse(device: torch.device, *steps: Callable[[], object]) -> None:
 
     A step meets zeros where kernels would have written, so no index leads astray; it must not read results back. Where
     nothing is compiled, on a CPU or in Triton's interpreter, the steps are not called. What fails here is left to the
-    real step, which says why.
+    real step, which says why; where no process can be started, it compiles.
     """
     compile_ahead(device, *steps)()
 
@@ -53,13 +53,12 @@ def compile_ahead(device: torch.device, *steps: Callable[[], object]) -> Callabl
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return lambda: None
     try:
-        works = _kernels_of(steps)
+        return _side_by_side(_kernels_of(steps))
     except ImportError:
-        return lambda: None
+        pass  # without Triton there is nothing to compile
     except Exception as fault:
         log.warning("kernels compile one by one: %s", str(fault).partition("\n")[0])
-        return lambda: None
-    return _side_by_side(works)
+    return lambda: None
 
 
 class _Asked:
@@ -94,7 +93,7 @@ def _kernels_of(steps: Sequence[Callable[[], object]]) -> list[Callable[[], Any]
     asked, run = _Asked(), JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(kernel, *args, grid=grid, warmup=True, **options)
+        return run(kernel, *args, grid=grid, warmup=warmup or is_rehearsing(), **options)  # other threads launch
 
     mode: Any = _async_compile.active_mode
     JITFunction.run = compile_only
@@ -131,8 +130,8 @@ def _side_by_side(works: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     def wait() -> None:
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
 
     return wait
 
@@ -142,8 +141,11 @@ def _work(works: Sequence[Callable[[], Any]], numbers: Any) -> None:
     from triton.runtime import driver
 
     gc.disable()  # what is garbage here is the parent's, on a device that this process must not touch
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(ending, signal.SIG_DFL)  # a handler of the parent's could not end what waits for a lock
+    signal.alarm(PATIENCE)  # nobody gives this process up if its parent is gone
+    for output in (1, 2):  # who reads the parent's sees its end without waiting for this process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     for number in iter(numbers.get, None):
         with contextlib.suppress(Exception):
             kernel = works[number]()
