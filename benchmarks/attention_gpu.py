@@ -110,7 +110,7 @@ def us_of_layer(spec: LayerSpec, step: AttentionBatch) -> float:
     """Microseconds a layer of one step takes inside a CUDA graph, storing the new keys included."""
     size = 4 * sum(step.host_seq_lens) * spec.num_kv_heads * DIM
     num_layers = max(2, min(64, (1 << 30) // size))
-    torch.cuda.empty_cache()  # what lies in memory that served other shapes is read up to a tenth slower
+    torch.cuda.empty_cache()  # where keys and values lie must not depend on the shapes before
     run = prepared(spec, step, num_layers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -121,7 +121,7 @@ class AttentionBackend(ABC):
     def allocate(self, num_blocks: int) -> None:
         """Create the KV pool, zeroed, before the first `plan`.
 
-        Where memory is measured this is called twice: the first pool, of few blocks, has served trial steps by then.
+        Where memory is measured this is called again: earlier pools, of few blocks, have served trial steps by then.
         """
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:

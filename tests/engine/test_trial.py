@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from llmkit import LLM, CapacityError, SamplingParams
-from llmkit.engine import assembly
+from llmkit.engine import assembly, trial
 from llmkit.engine.executor import TorchExecutor
 from llmkit.engine.trial import largest_plans, largest_prompts
+from llmkit.interfaces.attention import AttentionBackend
+from llmkit.model.loading import LoadedModel
 from llmkit.model.memory import CudaMeter, free_bytes
+from llmkit.model.network import LayerAttention, Network
 from tests.tiny_llm import BLOCK_SIZE, MAX_MODEL_LEN, tiny
 
 BLOCK_BYTES = 2 * 2 * 2 * 8 * BLOCK_SIZE * 8  # keys and values, layers, heads, dimensions, slots, float64
@@ -74,6 +79,32 @@ def test_the_pool_gets_what_two_trial_steps_leave_and_its_tokens_are_the_same(mo
     assert llm.engine.planner.allocator.spec.num_blocks == 40
     assert not any(pool.any() for pool in llm.attention._pools), "the trial wrote to the pool"
     assert tokens_of(llm) == wanted
+
+
+def test_attention_is_rehearsed_before_the_network_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its kernels compile meanwhile; here the steps simply run."""
+    meter, build = metered(monkeypatch, free=40 * BLOCK_BYTES), assembly.build_network
+    layers: list[int] = []
+
+    def run(device: torch.device, *steps: Callable[[], object]) -> Callable[[], None]:
+        for step in steps:
+            step()
+        return lambda: meter.events.append("compiled")
+
+    def noted(model: LoadedModel, backend: AttentionBackend, *more: Any) -> Network:
+        meter.events.append("network")
+        return build(model, backend, *more)
+
+    def attend(self: LayerAttention, *tensors: torch.Tensor) -> torch.Tensor:
+        layers.append(self._layer)
+        return self._backend.forward(self._layer, *tensors)
+
+    monkeypatch.setattr(trial, "compile_ahead", run)
+    monkeypatch.setattr(assembly, "build_network", noted)
+    monkeypatch.setattr(LayerAttention, "__call__", attend)
+    LLM(tiny(), scheduler=LIMITS, block_size=BLOCK_SIZE, max_model_len=64)
+    assert meter.events[:5] == [[13, 13, 13, 13, 12], [1] * 5, "network", "compiled", "start"]
+    assert len(set(layers[:2])) == 1, "one layer of a kind is enough"
 
 
 def test_a_pool_smaller_than_a_request_bounds_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
