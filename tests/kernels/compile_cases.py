@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,12 +23,11 @@ from llmkit.model.rehearsal import rehearse
 from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.structure import ACTIVATIONS
 from llmkit_attention.flash.backend import FlashAttention
-from tests.kernels.compiler import NothingLaunched, Resources, compiling, kernels_of_the_project, resources
+from tests.kernels.compiler import MAX_SHARED, LaunchesNoted, Resources, compiling, kernels_of_the_project, resources
 
 CPU = torch.device("cpu")
 MAX_REGISTERS = 255
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
-MAX_SHARED = 227 * 1024
 TOLERATED = {"attend_one": 8, "attend_many_hopper": 8}
 """Bytes: the compiler that comes with Triton 3.7 spills one number of `attend_one` for groups of four, and one of
 `attend_many_hopper` outside its inner loops; 3.6 none."""
@@ -248,19 +245,10 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In other processes: nothing but files tells of it."""
-    shape, hits, launched, launch = SHAPES["qwen3_0_6b"], [], [], JITFunction.run
+    shape, hits, launch = SHAPES["qwen3_0_6b"], [], JITFunction.run
     cache, launchers = tmp_path / "cache", tmp_path / "launchers"
     launchers.mkdir()
-
-    def launcher(source: object, metadata: Any) -> Callable[..., None]:
-        (launchers / f"{metadata.name} {os.getpid()}").touch()
-        return lambda *_: launched.append(metadata.name)
-
-    driver: Any = NothingLaunched()
-    driver.launcher_cls = launcher
-    driver.utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 3, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": MAX_SHARED}
-    )
+    driver = LaunchesNoted(launchers)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(cache))
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **_: hits.append(cache_hit))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -287,7 +275,7 @@ def test_the_kernels_of_a_step_compile_side_by_side_and_none_runs(
         assert len(list(launchers.iterdir())) == 2, "what is in the cache was compiled again"
         monkeypatch.setattr(JITFunction, "run", launch)
         step()
-    assert launched == ["_add_rms_norm", "_activate_and_multiply"]
+    assert driver.launched == ["_add_rms_norm", "_activate_and_multiply"]
     assert hits == [True, True], "the step compiles again"
 
 

@@ -7,12 +7,14 @@ H200 is there, on which nothing is launched. So tile sizes, warps and specialisa
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +28,7 @@ from llmkit.interfaces.attention import LayerSpec
 from llmkit_attention.flash import launch
 
 ROOT = Path(__file__).parents[2]
-TARGET, NUM_PROCESSORS = GPUTarget("cuda", 90, 32), 132
+TARGET, NUM_PROCESSORS, MAX_SHARED = GPUTarget("cuda", 90, 32), 132, 227 * 1024
 JIT = re.compile(r"(triton|gluon)\.jit\b")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -42,6 +44,22 @@ class NothingLaunched:
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
+
+
+class LaunchesNoted(NothingLaunched):
+    """Writes into `folder` which process makes a launcher, and keeps the names of kernels that are launched."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 3, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": MAX_SHARED}
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.launched: list[str] = []
+
+    def launcher_cls(self, source: object, metadata: Any) -> Callable[..., None]:
+        (self.folder / f"{metadata.name} {os.getpid()}").touch()
+        return lambda *_: self.launched.append(metadata.name)
 
 
 class WorkspaceOfAnH200(launch.Workspace):
