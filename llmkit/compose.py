@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmkit.config import SECTIONS, RunConfig, conf_dir, defaults, elsewhere
-from llmkit.errors import ConfigError, no_such_option, unknown_name
+from llmkit.errors import ConfigError, LlmkitError, no_such_option, unknown_name
 from llmkit.interfaces.settings import Settings
 from llmkit.registry import KINDS, RESERVED, Registry
 
@@ -74,8 +75,10 @@ def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], Non
             task(_job(cfg, argv, registry))
         except Exception as error:
             raised.append(error)
+            if isinstance(error, LlmkitError):
+                drop_unused(Path(HydraConfig.get().runtime.output_dir))
 
-    with _hydra_raises(argv):
+    with _hydra_raises(_flags_first(argv)):
         try:
             hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(composed)()
         except BrokenPipeError:
@@ -86,6 +89,26 @@ def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], Non
         raise raised[0]
     if not num_jobs and any("glob(" in argument for argument in argv):
         raise ConfigError("nothing to run: a glob matches no name")
+
+
+def _flags_first(argv: Sequence[str]) -> list[str]:
+    """`argv` with flags and their values in front: Hydra's parser takes no flag between two overrides."""
+    return sorted(argv, key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~")))
+
+
+def drop_unused(folder: Path) -> None:
+    """Remove the folder of a run that was refused before anything was written or logged, Hydra's records aside.
+
+    The folders around it go as well if they lie in the current one and hold nothing else.
+    """
+    written = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts]
+    if any(path.stat().st_size for path in written):
+        return
+    shutil.rmtree(folder)
+    for parent in folder.parents:
+        if Path.cwd() not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
 
 
 @contextmanager
@@ -108,6 +131,10 @@ def _job(cfg: DictConfig, argv: Sequence[str], registry: Registry) -> Job:
         raw = _without_missing(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, argv, registry)) from error
+    if lists := [kind for kind in KINDS if kind not in settings.runtime.choices and raw.get(kind)]:
+        kind = lists[0]
+        choices = ", ".join((*RESERVED.get(kind, ()), *registry.names(kind)))
+        raise ConfigError(f"{kind} takes one name, not a list: -m {kind}=A,B runs both (choices: {choices})")
     for kind, chosen in settings.runtime.choices.items():
         names = (*registry.names(kind), *RESERVED.get(kind, ()))
         name = raw[kind].get("name", chosen) if chosen in names and raw.get(kind) else chosen  # a preset has its own
@@ -132,25 +159,45 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
 def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
     """Hydra's complaint in one line: what is wrong, what would be right, and which plugins failed."""
     if isinstance(error, OverrideParseException):
-        problem = str(error).splitlines()[0].removesuffix(f" '{error.override}'")
-        return f"cannot read {error.override!r}: {problem}; write GROUP=NAME or GROUP.OPTION=VALUE"
+        return _unreadable(str(error.override), str(error))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.partition("/")
         if group not in GROUPS:
             group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(group, name, error.options, registry.notes(group) if group in KINDS else ())
+    if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):
+        where = f" {error.filename}" if error.filename else ", the current folder may be gone"
+        return f"cannot make the run folder{where}: {error.strerror}; hydra.run.dir=DIR puts it elsewhere"
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n)", text):
-        return f"{match[1]} names several values: add -m to run them all, or write [a,b] for a list"
-    if match := re.search(r"Could not override '([^']+)'", text):
+        is_group = match[1].lstrip("+").partition("=")[0] in GROUPS
+        as_list = "" if is_group else ", or write [a,b] for a list"
+        return f"{match[1]} names several values: add -m to run them all{as_list}"
+    if match := re.search(r"Could not override '([^']*)'", text):
         return _unknown_option(match[1], argv, registry)
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"{match[1]} exists already: leave out the +"
+    if text.startswith("Config group override must be"):
+        return "a group takes a name: write GROUP=NAME; `llmkit plugins` lists all names"
     if match := re.match(r"(\S+) appears more than once in the final defaults list", text):
         return f"{match[1]} is chosen already: leave out the +"
     text += f": {error.__cause__}" if error.__cause__ else ""
     text = re.sub(r"\n\s+full_key: (\S+)\n\s+object_type=\w+", r" (\1)", text)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _unreadable(override: str, problem: str) -> str:
+    """One line for what Hydra's grammar does not take, such as a ~ or an accent outside of quotes."""
+    key, _, value = override.partition("=")
+    advice = "write GROUP=NAME or GROUP.OPTION=VALUE"
+    if "LexerNoViableAlt" in problem and value and re.fullmatch(r"[+~]*\w+([./]\w+)*", key):
+        if value.startswith("~/"):
+            return f"cannot read {override!r}: the shell leaves that ~ as it is: write {key}=$HOME{value[1:]}"
+        if not re.search(r"[\"'\[{]", value):
+            return f"cannot read {override!r}: such characters stand in quotes within quotes: '{key}=\"{value}\"'"
+        advice = "texts with characters such as ~ and é stand in double quotes, the whole in single ones"
+    problem = problem.splitlines()[0].removesuffix(f" '{override}'").partition(" expecting")[0]
+    return f"cannot read {override!r}: {problem}; {advice}"
 
 
 def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,6 @@ class Runner:
             self._report(job, self.play(job))
         except LlmkitError as error:
             if not job.is_sweep:
-                drop_unused(job.run_dir)
                 raise
             self.num_failed += 1
             say(f"{job.run_dir.name}: {error}")
@@ -118,13 +116,6 @@ def check_folder(option: str, folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ConfigError(f"{option}={folder}: {there} is not a folder that can be written to")
-
-
-def drop_unused(folder: Path) -> None:
-    """Remove the folder of a run that was refused before anything was written or logged, Hydra's records aside."""
-    written = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts]
-    if not any(path.stat().st_size for path in written):
-        shutil.rmtree(folder)
 
 
 def num_bytes(model: LoadedModel) -> int:

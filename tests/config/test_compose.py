@@ -176,10 +176,51 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["scheduler.max_num_seqs=[1,"], "cannot read 'scheduler.max_num_seqs=[1,': "),
         (["plots_dir=${nope}"], "Interpolation key 'nope' not found (plots_dir)"),
         (["--cfg", "job", "--info"], "Only one of --run"),
+        (
+            ["scheduler=[static]"],
+            "scheduler takes one name, not a list: -m scheduler=A,B runs both (choices: continuous",
+        ),
+        (["attention=[auto,sdpa]"], "-m attention=A,B runs both (choices: auto, flash"),
+        (["scheduler=null"], "a group takes a name: write GROUP=NAME; `llmkit plugins` lists all names"),
+        (["engine=5"], "a group takes a name: write GROUP=NAME"),
+        (["=static"], "unknown option or group '' (choices: "),
+        (
+            ["model.path=~/x"],
+            "cannot read 'model.path=~/x': the shell leaves that ~ as it is: write model.path=$HOME/x",
+        ),
+        (["plots_dir=é"], "such characters stand in quotes within quotes: 'plots_dir=\"é\"'"),
+        (
+            ["sampling.stop=[é]"],
+            "texts with characters such as ~ and é stand in double quotes, the whole in single ones",
+        ),
+        (["scheduler.=é"], "; write GROUP=NAME or GROUP.OPTION=VALUE"),
+        (["scheduler=static,"], "mismatched input '<EOF>'; write GROUP=NAME or GROUP.OPTION=VALUE"),
+        (["hydra.run.dir=/dev/null/x"], "cannot make the run folder /dev/null/x: Not a directory; hydra.run.dir=DIR"),
     ],
 )
 def test_hydra_errors_become_one_line(registry: Registry, workdir: Path, argv: list[str], says: str) -> None:
     assert says in refusal(registry, *argv)
+
+
+def test_only_options_take_lists(registry: Registry, workdir: Path) -> None:
+    assert refusal(registry, "scheduler=static,mine").endswith("add -m to run them all")
+    assert refusal(registry, "sampling.stop=a,b").endswith("add -m to run them all, or write [a,b] for a list")
+
+
+def test_flags_may_stand_anywhere(registry: Registry, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (job,) = jobs(registry, "cache=radix", "-m", "scheduler=mine")
+    assert job.is_sweep and (job.raw["cache"]["name"], job.raw["scheduler"]["name"]) == ("radix", "mine")
+    assert jobs(registry, "cache=radix", "--cfg", "job", "scheduler=mine") == []
+    shown = capsys.readouterr().out
+    assert "name: radix" in shown and "name: mine" in shown
+
+
+def test_a_refused_run_leaves_nothing(registry: Registry, workdir: Path) -> None:
+    (workdir / "outputs").mkdir()
+    (workdir / "outputs/mine").touch()
+    for argv in (["scheduler=[static]"], ["scheduler.name=static"], ["scheduler=[static]", "hydra.run.dir=x/y/z"]):
+        refusal(registry, *argv)
+        assert sorted(workdir.rglob("*")) == [workdir / "outputs", workdir / "outputs/mine"]
 
 
 def test_failed_plugins_are_named_where_a_component_is_missing(registry: Registry, workdir: Path) -> None:
