@@ -168,7 +168,8 @@ class LLM:
         # prompts are long, so their types are looked at, not the tokens one by one
         kinds = set(map(type, prompt)) if isinstance(prompt, Sequence) else {object}
         if isinstance(prompt, bytes) or not all(issubclass(kind, int) and kind is not bool for kind in kinds):
-            raise RequestError("a prompt is a string or a list of token ids")
+            of = f" of {', '.join(sorted(kind.__name__ for kind in kinds))}" if isinstance(prompt, list) else ""
+            raise RequestError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}{of}")
         return list(prompt) if kinds <= {int} else [*map(int, prompt)]
 
     def _encode_chat(self, conversation: Any) -> list[int]:

@@ -111,6 +111,6 @@ class SamplingParams(BaseModel):
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if any(not s for s in self.stop):
             raise ValueError("stop strings must not be empty")
-        if any(abs(bias) > 100 for bias in self.logit_bias.values()):
+        if not all(abs(bias) <= 100 for bias in self.logit_bias.values()):
             raise ValueError("logit_bias values must lie in [-100, 100]")
         return self

@@ -31,7 +31,10 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "repetition_penalty": ([0.1, 10.0], [0.0, 10.1, float("nan")]),
     "presence_penalty": ([-2.0, 2.0], [-2.1, 2.1]),
     "frequency_penalty": ([-2.0, 2.0], [-2.1, 2.1]),
-    "logit_bias": ([{}, {5: 100.0, 6: -100}], [{5: 100.1}, {5: -101.0}, dict.fromkeys(range(1025), 0.0)]),
+    "logit_bias": (
+        [{}, {5: 100.0, 6: -100}],
+        [{5: 100.1}, {5: -101.0}, {5: float("nan")}, dict.fromkeys(range(1025), 0.0)],
+    ),
     "allowed_token_ids": ([None, (1,)], [()]),
     "seed": ([None, 0, (1 << 63) - 1], [-1, 1 << 63]),
     "stop": ([(), "one", ("a", "b")], ["", ("a", ""), ("x",) * 17]),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -18,3 +18,13 @@ class Settings(BaseModel):
     parts: ClassVar[Mapping[str, Mapping[str, Callable[[], Any]]]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Python's True equals 1: `max_num_seqs=true` would run one request at a time."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        kinds = (wanted, *get_args(wanted))
+        if isinstance(value, bool) and any(kind in (int, float) or type(kind) is int for kind in kinds):
+            raise ValueError("Input should be a number, not true or false")
+        return value

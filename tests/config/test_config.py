@@ -185,3 +185,10 @@ def test_validate_without_a_key_and_no_such_option() -> None:
         validate(Part, {"path": "x", "ratio": 1.0})
     assert no_such_option(Part, "pth").startswith("pth: no such option; did you mean 'path'?")
     assert RunConfig.model_config["frozen"] and RunConfig.model_config["extra"] == "forbid"
+
+
+@pytest.mark.parametrize("option", ["block_size", "cpu_cache_gib", "depth", "seed"])
+def test_true_is_no_number(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{option}=True: Input should be a number, not true or false"):
+        validate(EngineSettings, {option: True})
+    assert validate(EngineSettings, {"fused": True, "compile": False}).fused
