@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+Across = tuple[list[int], list[int]]
+"""Prompt lengths and output lengths of the whole grid."""
 ARMS = {"optimized": ("llmkit, the batch at once", BLUE), "naive": ("transformers.generate, one by one", ORANGE)}
 MARKERS = "osD^v<>P"
 SPREAD = 0.5  # how far the points of one prompt length stand apart, in units of the axis
@@ -29,16 +31,19 @@ def grid_figure(result: Mapping[str, Any]) -> Figure:
     """The figure, with title, units and where the numbers come from; every axis of values starts at zero."""
     rows: Sequence[Row] = result["rows"]
     sizes = sorted({row["batch_size"] for row in rows})
+    # The panels share an axis, also where Ctrl-C left one with fewer cells than the others.
+    across = sorted({row["prompt_len"] for row in rows}), sorted({row["max_tokens"] for row in rows})
     figure, axes = new_figure(3, len(sizes), (max(10.0, 4.2 * len(sizes)), 10.5), sharey="row", sharex=True)
     for column, size in enumerate(sizes):
         cells = [row for row in rows if row["batch_size"] == size]
         top, middle, bottom = axes[:, column]
         top.set_title(f"batch size {size}", fontweight="bold")
-        _points(top, cells, "{}_tok_s", "{}_tok_s_range")
-        _speedups(middle, cells, result["geometric_means"][str(size)])
-        _points(bottom, cells, "{}_mean_e2el_ms", "{}_mean_e2el_ms_range")
+        _points(top, cells, across, "{}_tok_s", "{}_tok_s_range")
+        _speedups(middle, cells, across, result["geometric_means"][str(size)])
+        _points(bottom, cells, across, "{}_mean_e2el_ms", "{}_mean_e2el_ms_range")
         bottom.set_xlabel("prompt length, tokens")
         for panel in (top, middle, bottom):
+            _axis(panel, across[0])
             tidy(panel)
     labels = (
         "throughput\noutput tokens per second",
@@ -55,15 +60,13 @@ def grid_figure(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _axis(panel: Axes, cells: Sequence[Row]) -> tuple[list[int], list[int]]:
-    """Prompt lengths stand side by side as categories; returns them and the output lengths."""
-    prompt_lens = sorted({row["prompt_len"] for row in cells})
+def _axis(panel: Axes, prompt_lens: Sequence[int]) -> None:
+    """Prompt lengths stand side by side as categories."""
     panel.set_xticks(range(len(prompt_lens)), [str(length) for length in prompt_lens])
     panel.set_xlim(-0.5, len(prompt_lens) - 0.5)
     panel.tick_params(axis="x", length=0)
     for index in range(len(prompt_lens) - 1):
         panel.axvline(index + 0.5, color=LIGHT, linewidth=0.8)
-    return prompt_lens, sorted({row["max_tokens"] for row in cells})
 
 
 def _offsets(count: int) -> list[float]:
@@ -71,9 +74,9 @@ def _offsets(count: int) -> list[float]:
     return [0.0] if count == 1 else [SPREAD * (index / (count - 1) - 0.5) for index in range(count)]
 
 
-def _points(panel: Axes, cells: Sequence[Row], key: str, range_key: str) -> None:
+def _points(panel: Axes, cells: Sequence[Row], across: Across, key: str, range_key: str) -> None:
     """Both arms: the median as a marker (its shape tells the output length), the range as a bar."""
-    prompt_lens, lengths = _axis(panel, cells)
+    prompt_lens, lengths = across
     for arm, (_, colour) in ARMS.items():
         for offset, length, marker in zip(_offsets(len(lengths)), lengths, _markers(lengths), strict=True):
             chosen = [row for row in cells if row["max_tokens"] == length]
@@ -89,9 +92,9 @@ def _draw(panel: Axes, x: list[float], y: list[float], spread: list[list[float]]
     panel.errorbar(x, y, yerr=[below, above], linestyle="none", markersize=6, elinewidth=1.4, capsize=2, **style)
 
 
-def _speedups(panel: Axes, cells: Sequence[Row], mean: Mapping[str, Any]) -> None:
+def _speedups(panel: Axes, cells: Sequence[Row], across: Across, mean: Mapping[str, Any]) -> None:
     """Each cell's speedup, and the geometric mean of all as a line."""
-    prompt_lens, lengths = _axis(panel, cells)
+    prompt_lens, lengths = across
     for offset, length, marker in zip(_offsets(len(lengths)), lengths, _markers(lengths), strict=True):
         chosen = [row for row in cells if row["max_tokens"] == length]
         x = [prompt_lens.index(row["prompt_len"]) + offset for row in chosen]
@@ -138,6 +141,7 @@ def caption(result: Mapping[str, Any]) -> str:
         f"{labels}; dtype {environment['dtype'] or baseline['naive_dtype']}; {machine}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}, Python {versions['python']}; "
         f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:10]}. "
-        f"Output tokens equal in both arms: {agreement}. Latency counts from the batch's submission. "
-        "In brackets: 95 % interval of the mean over these cells."
+        f"Output tokens equal in both arms: {agreement}. Latency counts from the batch's submission."
+        + " In brackets: 95 % interval of the mean over these cells." * (rounds > 1)
+        + " Interrupted: the cells measured so far." * result["interrupted"]
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmkit.metrics.recorder import MetricsRecorder
+from llmkit.metrics.records import StepRecord
 from llmkit.report.style import COLOURS, new_figure, tidy
 
 if TYPE_CHECKING:
@@ -24,15 +25,29 @@ def run_picture(recorder: MetricsRecorder) -> bytes:
 def run_figure(recorder: MetricsRecorder) -> Figure:
     """Four panels; empty ones say so."""
     figure, axes = new_figure(2, 2, (11.0, 6.5))
-    start = recorder.started_at
-    times = [step.landed_at - start for step in recorder.steps]
-    steps = recorder.steps
-    queues = {"running": [s.num_running for s in steps], "waiting": [s.num_waiting for s in steps]}
-    _over_time(axes[0, 0], times, queues, "requests")
-    _over_time(axes[0, 1], times, {"blocks in use": [step.num_used_blocks for step in steps]}, "KV blocks")
-    _over_time(axes[1, 0], times, {"tokens": [step.num_tokens for step in steps]}, "tokens in the step")
+    times, steps = _timeline(recorder)
+
+    def values(field: str) -> list[int]:
+        return [0 if step is None else getattr(step, field) for step in steps]
+
+    _over_time(axes[0, 0], times, {"running": values("num_running"), "waiting": values("num_waiting")}, "requests")
+    _over_time(axes[0, 1], times, {"blocks in use": values("num_used_blocks")}, "KV blocks")
+    _over_time(axes[1, 0], times, {"tokens": values("num_tokens")}, "tokens in the step")
     _distributions(axes[1, 1], recorder)
     return figure
+
+
+def _timeline(recorder: MetricsRecorder) -> tuple[list[float], list[StepRecord | None]]:
+    """Seconds since the start, and the step that ended there; None: until there nobody ran, waited or held a block."""
+    times: list[float] = []
+    steps: list[StepRecord | None] = []
+    for step in recorder.steps:
+        if step.idle_before:
+            times.append(step.planned_at - recorder.started_at)
+            steps.append(None)
+        times.append(step.landed_at - recorder.started_at)
+        steps.append(step)
+    return times, steps
 
 
 def _over_time(axes: Axes, times: Sequence[float], series: dict[str, list[int]], label: str) -> None:

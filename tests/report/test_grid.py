@@ -67,6 +67,18 @@ def test_the_caption_says_where_the_numbers_come_from() -> None:
     assert "One round" in caption(result(num_rounds=1))
 
 
+def test_an_interrupted_grid_shows_every_cell_that_was_measured() -> None:
+    given = result(num_rounds=1, interrupted=True)
+    given["rows"] = [row for row in given["rows"] if row["batch_size"] == 1 or row["prompt_len"] == 8]
+    figure = grid_figure(given)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["8", "32"]
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert all(low < x < high for container in axes.containers for x in container[0].get_xdata())
+    assert caption(given).endswith(" Interrupted: the cells measured so far.") and "brackets" not in caption(given)
+    assert caption(result()).endswith(" In brackets: 95 % interval of the mean over these cells.")
+
+
 @pytest.mark.parametrize("batch_sizes", [(1,), (2,), (1, 2, 4, 8, 16)])
 def test_any_number_of_batch_sizes_can_be_drawn(batch_sizes: tuple[int, ...]) -> None:
     assert grid_picture(result(batch_sizes, num_rounds=1), dpi=40).startswith(b"\x89PNG")
