@@ -142,6 +142,6 @@ def caption(result: Mapping[str, Any]) -> str:
         f"torch {versions['torch']}, transformers {versions['transformers']}, Python {versions['python']}; "
         f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:10]}. "
         f"Output tokens equal in both arms: {agreement}. Latency counts from the batch's submission."
-        + " In brackets: 95 % interval of the mean over these cells." * (rounds > 1)
-        + " Interrupted: the cells measured so far." * result["interrupted"]
+        + " In brackets: 95 % interval of the mean over these cells." * bool(rounds > 1)
+        + " Interrupted: the cells measured so far." * bool(result["interrupted"])
     )

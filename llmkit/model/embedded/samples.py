@@ -5,8 +5,8 @@
 It runs the transformers implementation on the CPU, so the figures judge the weights and not llmkit's engine.
 """
 
+import argparse
 import codeop
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -58,7 +58,9 @@ def verdict(text: str) -> str:
 
 def main() -> None:
     """Print the samples of the model card and its count of verdicts."""
-    writer = Writer(Path(sys.argv[1]) if len(sys.argv) > 1 else path())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=path(), help="a checkpoint (default: the embedded one)")
+    writer = Writer(parser.parse_args().folder)
     set_seed(0)
     for prompt in PROMPTS:
         for temperature in (0.0, TEMPERATURE):
