@@ -165,7 +165,7 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
         if group not in GROUPS:
             group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(group, name, error.options, registry.notes(group) if group in KINDS else ())
-    if isinstance(error, OSError) and not str(error.filename).endswith(".yaml"):
+    if isinstance(error, OSError) and error.errno and not str(error.filename).endswith(".yaml"):
         where = f" {error.filename}" if error.filename else ", the current folder may be gone"
         return f"cannot make the run folder{where}: {error.strerror}; hydra.run.dir=DIR puts it elsewhere"
     text = str(error)

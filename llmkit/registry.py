@@ -45,13 +45,18 @@ class Component:
     def load(self) -> Any:
         """The class or factory; imports its module if it was registered as "module:attribute".
 
-        Warns of members that look like misspelt overrides. PluginError if it is not of its kind's contract.
+        Warns of members that look like misspelt overrides. PluginError if it is not of its kind's contract, or lacks
+        methods of it.
         """
         target = self._import() if isinstance(self.target, str) else self.target
         contract = CONTRACTS.get(self.kind)
         if contract and not (isinstance(target, type) and issubclass(target, contract)):
             raise PluginError(f"{self.kind} {self.name!r} of {self.owner} is no subclass of llmkit.{contract.__name__}")
-        for complaint in complaints(target) if isinstance(target, type) else ():
+        told = complaints(target) if isinstance(target, type) else []
+        if lacking := sorted(getattr(target, "__abstractmethods__", ())):
+            says = f"{self.kind} {self.name!r} of {self.owner} lacks {', '.join(lacking)}"
+            raise PluginError("; ".join([says, *told]))
+        for complaint in told:
             log.warning("%s %r of %s: %s", self.kind, self.name, self.owner, complaint)
         return target
 

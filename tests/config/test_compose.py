@@ -195,6 +195,8 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         ),
         (["scheduler.=é"], "; write GROUP=NAME or GROUP.OPTION=VALUE"),
         (["scheduler=static,"], "mismatched input '<EOF>'; write GROUP=NAME or GROUP.OPTION=VALUE"),
+        (["--config-name", "x"], "Cannot find primary config 'x'"),
+        (["model=llama_1b/"], "llama_1b"),
         (["hydra.run.dir=/dev/null/x"], "cannot make the run folder /dev/null/x: Not a directory; hydra.run.dir=DIR"),
     ],
 )

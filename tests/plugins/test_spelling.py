@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from llmkit import CacheAllocator, ContinuousBatching, PluginError, Registry, Scheduler, hookimpl, load_plugins
+from llmkit import (
+    CacheAllocator,
+    ContinuousBatching,
+    PluginError,
+    Registry,
+    RequestQueue,
+    Scheduler,
+    SchedulingStep,
+    hookimpl,
+    load_plugins,
+)
 from llmkit.overrides import misspelt
 from llmkit.registry import Component
 from llmkit.testing import check_cache, check_scheduler
@@ -105,6 +115,17 @@ def test_a_class_of_another_contract_is_refused(target: Any) -> None:
     says = r"^scheduler 'mine' of the given plugin Plugin is no subclass of llmkit\.Scheduler$"
     with pytest.raises(PluginError, match=says):
         component.load()
+
+
+class Unfinished(Scheduler):
+    def schedul(self, queue: RequestQueue, step: SchedulingStep) -> None:
+        """Meant to be `schedule`, which is abstract."""
+
+
+def test_a_class_that_lacks_methods_is_refused() -> None:
+    says = r"^scheduler 'mine' of the given plugin Plugin lacks schedule; Unfinished\.schedul overrides nothing; "
+    with pytest.raises(PluginError, match=says):
+        load_plugins([Plugin(Unfinished)])[0].get("scheduler", "mine").load()
 
 
 def test_the_kit_refuses_it() -> None:
