@@ -101,14 +101,15 @@ def drop_unused(folder: Path) -> None:
 
     The folders around it go as well if they lie in the current one and hold nothing else.
     """
-    written = [path for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts]
-    if any(path.stat().st_size for path in written):
+    if any(path.stat().st_size for path in folder.iterdir() if path.is_file()):
         return
-    shutil.rmtree(folder)
-    for parent in folder.parents:
-        if Path.cwd() not in parent.parents or any(parent.iterdir()):
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    (folder / "llmkit.log").unlink(missing_ok=True)
+    here = Path.cwd()
+    for one in (folder, *folder.parents):
+        if any(one.iterdir()) or one == here or (one != folder and here not in one.parents):
             break
-        parent.rmdir()
+        one.rmdir()
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from llmkit.errors import RequestError
 from llmkit.types import Request
 
@@ -41,6 +39,8 @@ def check_request(request: Request, limits: EngineLimits) -> None:
 
 
 def _lie_within(token_ids: Sequence[int], vocab_size: int) -> bool:
+    import numpy as np  # not at the top: help and errors of the command come without it
+
     try:
         ids = np.fromiter(token_ids, np.int64, len(token_ids))
     except OverflowError:

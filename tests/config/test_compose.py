@@ -223,6 +223,8 @@ def test_a_refused_run_leaves_nothing(registry: Registry, workdir: Path) -> None
     for argv in (["scheduler=[static]"], ["scheduler.name=static"], ["scheduler=[static]", "hydra.run.dir=x/y/z"]):
         refusal(registry, *argv)
         assert sorted(workdir.rglob("*")) == [workdir / "outputs", workdir / "outputs/mine"]
+    refusal(registry, "scheduler=[static]", "hydra.run.dir=outputs")
+    assert (workdir / "outputs/mine").is_file(), "what lay there before stays, though it is empty"
 
 
 def test_failed_plugins_are_named_where_a_component_is_missing(registry: Registry, workdir: Path) -> None:
