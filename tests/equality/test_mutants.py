@@ -133,10 +133,10 @@ def test_positions_off_by_one_are_noticed(model: str, monkeypatch: pytest.Monkey
 
 RUNNER: dict[str, Bug] = {
     "prompts stand one place late": (
-        TorchExecutor._admit, "slot, : len(token_ids)]", "slot, 1 : 1 + len(token_ids)]"),
+        TorchExecutor._admit, "slot, : len(tokens)]", "slot, 1 : 1 + len(tokens)]"),
     "a prompt is written one token short": (
-        TorchExecutor._admit, "slot, : len(token_ids)] = to_device(token_ids,",
-        "slot, : len(token_ids) - 1] = to_device(token_ids[:-1],"),
+        TorchExecutor._admit, "slot, : len(tokens)] = to_device(tokens,",
+        "slot, : len(tokens) - 1] = to_device(tokens[:-1],"),
     "sampled tokens overwrite the ones before": (
         TorchExecutor._choose, "to_device(ends, device)]", "to_device([end - 1 for end in ends], device)]"),
     "sampled tokens go to other slots": (
