@@ -98,7 +98,7 @@ def summarise_grid(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def mean_speedup(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Geometric mean of the cells' speedups (the table's column), and a 95 % interval for the noise of measuring.
+    """Geometric mean of the speedups of all cells and rounds, and a 95 % interval for the noise of measuring.
 
     The interval is a paired t interval over the rounds: each round gives one pair, the geometric means of both arms
     over the cells. It says how well these cells were measured on this machine, not how other cells would do.
@@ -108,9 +108,8 @@ def mean_speedup(cells: Sequence[Cell]) -> dict[str, Any]:
         [geometric_mean([getattr(cell, arm)[index].seconds for cell in cells]) for index in rounds]
         for arm in ("naive", "optimized")
     )
-    interval = asdict(paired_ratio(naive, optimized)) if rounds else {}
-    interval.pop("ratio", None)
-    return {"speedup": geometric_mean([cell.row()["speedup"] for cell in cells]), **interval}
+    mean = asdict(paired_ratio(naive, optimized))
+    return {"speedup": mean.pop("ratio"), **mean}
 
 
 def timing(started_at: float, finished_at: Sequence[float]) -> Timing:

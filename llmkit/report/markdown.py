@@ -20,16 +20,19 @@ def grid_markdown(result: Mapping[str, Any]) -> str:
     ]
     for size, mean in result["geometric_means"].items():
         rows = [row for row in result["rows"] if str(row["batch_size"]) == size]
-        cells = [size, _mean(rows, "optimized_tok_s"), _mean(rows, "naive_tok_s"), _speedup(mean), _range(rows)]
+        cells = [size, _mean(rows, "optimized_s"), _mean(rows, "naive_s"), _speedup(mean), _range(rows)]
         lines.append("| " + " | ".join(cells) + " |")
     shapes = [sorted({row[key] for row in result["rows"]}) for key in ("prompt_len", "max_tokens")]
     prompts, outputs = (", ".join(map(str, values)) for values in shapes)
-    note = f"Geometric means over prompts of {prompts} tokens and outputs of {outputs}. {caption(result)}"
+    note = f"Geometric means over rounds, prompts of {prompts} tokens and outputs of {outputs}. {caption(result)}"
     return "\n".join([*lines, "", note])
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    return f"{geometric_mean([row[key] for row in rows]):,.0f}"
+    """Tokens per second over all rounds, as the speedup is."""
+    num_rounds = min(len(row[arm]) for row in rows for arm in ("optimized_s", "naive_s"))
+    rates = [row["batch_size"] * row["max_tokens"] / seconds for row in rows for seconds in row[key][:num_rounds]]
+    return f"{geometric_mean(rates):,.0f}"
 
 
 def _speedup(mean: Mapping[str, Any]) -> str:

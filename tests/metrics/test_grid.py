@@ -36,6 +36,11 @@ def test_the_mean_is_geometric_and_its_interval_is_over_rounds() -> None:
     assert (mean["low"], mean["high"]) == pytest.approx((4.0, 4.0))
     noisy = mean_speedup([cell(1, [1.0, 1.2, 0.9], [4.0, 4.0, 4.0])])
     assert noisy["low"] < noisy["speedup"] < noisy["high"]
+    ones = [1.0, 1.0, 1.0]
+    in_turn = mean_speedup(
+        [cell(1, ones, [8.1, 4.0, 4.0]), cell(1, ones, [4.0, 8.0, 4.0]), cell(1, ones, [4.0, 4.0, 8.0])]
+    )
+    assert in_turn["low"] < in_turn["speedup"] < in_turn["high"], "a round that is slow in each cell counts in both"
     assert noisy["num_pairs"] == 3
 
 
