@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 import triton
 
+from benchmarks.gpu_time import captured, copy_bandwidth, median_ms
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.backend import FlashAttention
 
@@ -32,27 +33,6 @@ PREFILLS = [
     (32, 8, 1, 8192, 8192),
 ]
 """(query heads, KV heads, rows, new tokens of each, tokens each has stored before)."""
-
-
-def median_ms(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median time of `run` between CUDA events, after two runs that do not count."""
-    times = []
-    for number in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if number > 1:
-            times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 2 GiB."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
 
 
 def batch(rows: int, new: int, stored: int) -> AttentionBatch:
@@ -112,10 +92,7 @@ def us_of_layer(spec: LayerSpec, step: AttentionBatch) -> float:
     num_layers = max(2, min(64, (1 << 30) // size))
     torch.cuda.empty_cache()  # where keys and values lie must not depend on the shapes before
     run = prepared(spec, step, num_layers)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return median_ms(graph.replay) * 1e3 / num_layers
+    return median_ms(captured(run).replay) * 1e3 / num_layers
 
 
 def main() -> None:

@@ -8,16 +8,14 @@ and experts that are not asked are not taken off, so it is a floor for dense mod
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_time import copy_bandwidth, product_flops
 from llmkit import LLM
-
-COPIED, WIDTH = 1 << 31, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +64,8 @@ def work_of(llm: LLM) -> Work:
     )
 
 
-def measured_device(repeats: int = 10) -> Device:
-    """Of the current GPU: a copy of 2 GiB, and a product of 8192 x 8192 random bfloat16 numbers by as many."""
-    device = Device(2 * COPIED / copy_seconds(repeats), 2 * WIDTH**3 / product_seconds(repeats))
+def measured_device() -> Device:
+    """The current GPU."""
+    device = Device(copy_bandwidth(), product_flops())
     torch.cuda.empty_cache()
     return device
-
-
-def copy_seconds(repeats: int) -> float:
-    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return median_seconds(lambda: target.copy_(source), repeats)
-
-
-def product_seconds(repeats: int) -> float:
-    left, right = (torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return median_seconds(lambda: left @ right, repeats)
-
-
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Between CUDA events, behind two runs that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from benchmarks.attention_gpu import copy_bandwidth
+from benchmarks.gpu_time import captured, copy_bandwidth, median_ms
 from llmkit.model.sampling.device_sampler import DeviceSampler
 from llmkit.model.sampling.draw import block_size_for, draw
 from llmkit.model.sampling.nucleus import Filters, draw_filtered
@@ -27,19 +27,8 @@ def captured_us(step: Callable[[], object], repeats: int = 20) -> float:
     """Median time of one step inside a graph, in microseconds, with cold caches."""
     step()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    flood, times = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE), []
-    for _ in range(repeats):
-        flood.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
+    flood = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+    return median_ms(captured(step).replay, repeats, before=flood.zero_) * 1e3
 
 
 def steps(rows: int) -> dict[str, Callable[[], object]]:

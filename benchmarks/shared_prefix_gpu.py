@@ -8,7 +8,6 @@ Every layer has keys and values of its own, enough of them to leave the caches; 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch, copy_bandwidth
+from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch
+from benchmarks.gpu_time import captured, copy_bandwidth, median_ms
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.backend import FlashAttention
 from llmkit_attention.flash.settings import FlashSettings
@@ -64,19 +64,8 @@ def decode_us(spec: LayerSpec, step: AttentionBatch, kv_dtype: str = "auto") -> 
 
 
 def replayed_us(run: Callable[[], None]) -> float:
-    """Median over replays of `run`, after two that do not count."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(REPEATS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:])
+    """Median over replays of `run` in a graph."""
+    return median_ms(captured(run).replay, REPEATS) * 1e3
 
 
 def shared_rows(kv_dtype: str) -> list[str]:
