@@ -44,6 +44,10 @@ PARTS = (
     "mlp.gate_proj or mlp.gate_up_proj or mlp.experts",
 )
 
+Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Random tokens, their positions, and their rows."""
+Runs = list[Callable[[], torch.Tensor]]
+
 
 def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDecoder | None, str]:
     """The fused decoder of `model` if it matches and agrees, else None and why not."""
@@ -53,12 +57,14 @@ def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDeco
     with torch.inference_mode():
         try:
             decoder = FusedDecoder(model, max_model_len)
-            has_compiled = compile_ahead(model.device, *_runs(model, decoder, max_model_len))
+            tokens = _tokens(model, max_model_len)
+            runs = _runs(model, decoder, tokens)
+            has_compiled = compile_ahead(model.device, *runs)
             reason = _certify_layers(model, max_model_len)
             has_compiled()
             if reason:
                 return None, reason
-            errors = _network_errors(model, decoder, max_model_len)
+            errors = _network_errors(model, decoder, tokens, runs)
         except (AttributeError, RuntimeError, TypeError, ValueError) as fault:
             return None, f"structure: {str(fault).partition(chr(10))[0]}"
     for what, error, tolerance in errors:
@@ -110,10 +116,10 @@ def _certify_layers(model: LoadedModel, max_model_len: int) -> str:
 
 
 def _network_errors(
-    model: LoadedModel, decoder: FusedDecoder, max_model_len: int
+    model: LoadedModel, decoder: FusedDecoder, tokens: Tokens, runs: Runs
 ) -> list[tuple[str, float, dict[torch.dtype, float]]]:
     """What was compared on random tokens, its relative distance from the original, and how much is allowed."""
-    ids, positions, rows = _tokens(model, max_model_len)
+    ids, positions, rows = tokens
     modules = dict(model.module.named_modules())
     inner: Any = model.module.model
     seen: list[torch.Tensor] = []
@@ -128,7 +134,6 @@ def _network_errors(
             hook.remove()
     is_routed = any(isinstance(layer.feed_forward, ExpertLayer) for layer in decoder.layers)
     tolerance = ROUTED_TOLERANCE if is_routed else NETWORK_TOLERANCE
-    runs = _runs(model, decoder, max_model_len)
     return [
         ("embeddings", _distance(decoder.embed(ids), seen[0]), EDGE_TOLERANCE),
         ("logits of the last layer's output", _distance(decoder.logits(seen[1]), out.logits[0]), EDGE_TOLERANCE),
@@ -136,15 +141,14 @@ def _network_errors(
     ]
 
 
-def _runs(model: LoadedModel, decoder: FusedDecoder, max_model_len: int) -> list[Callable[[], torch.Tensor]]:
+def _runs(model: LoadedModel, decoder: FusedDecoder, tokens: Tokens) -> Runs:
     """The network on `SIZES` of the same tokens."""
-    ids, positions, rows = _tokens(model, max_model_len)
+    ids, positions, rows = tokens
     attentions = [_Dense(spec) for spec in model.architecture.layers.values()]
     return [partial(decoder.forward, ids[:num], positions[:num], rows[:num], attentions) for num in SIZES]
 
 
-def _tokens(model: LoadedModel, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random tokens, their positions, and their rows."""
+def _tokens(model: LoadedModel, max_model_len: int) -> Tokens:
     positions = _positions(max_model_len, model.device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.architecture.vocab_size, positions.shape, generator=generator)
