@@ -66,7 +66,8 @@ def build_engine(
     meter, on_trial = meter_of(device), partial(_on_trial, model, backend, limits.max_num_seqs, max_model_len)
     if meter is not None:
         attention = partial(on_trial, AttentionAlone(model, backend))
-        has_compiled = compile_attention(attention, _graphs, limits, max_model_len)
+        make_graphs = _graphs if settings.graphs else None
+        has_compiled = compile_attention(attention, make_graphs, limits, max_model_len)
     network = build_network(model, backend, max_model_len, settings.fused, settings.compile)
     if meter is not None:
         has_compiled()

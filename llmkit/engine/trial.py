@@ -45,16 +45,16 @@ class AttentionAlone:
 
 def compile_attention(
     make_executor: Callable[[int], TorchExecutor],
-    make_graphs: Callable[[TorchExecutor], DecodeGraphs | None],
+    make_graphs: Callable[[TorchExecutor], DecodeGraphs | None] | None,
     limits: SchedulerSettings,
     max_model_len: int,
 ) -> Callable[[], None]:
-    """Begin to compile what steps launch outside the network, on an executor of `AttentionAlone` and its graphs;
+    """Begin to compile what steps launch outside the network, on an executor of `AttentionAlone` and its graphs if any;
     returns a function that waits for it. Without room for them nothing is compiled."""
     lengths = largest_prompts(limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len)
     try:
         executor = make_executor(lengths[0])
-        graphs = make_graphs(executor)
+        graphs = make_graphs(executor) if make_graphs is not None else None
     except torch.OutOfMemoryError:
         return lambda: None
     plans = largest_plans(lengths, max_model_len, executor.inputs.block_size)
