@@ -25,45 +25,52 @@ from llmkit.metrics.recorder import MetricsRecorder
 from llmkit.metrics.summary import summarise
 from llmkit.workload.named import WORKLOADS
 
+Inputs = tuple[list[list[int]], list[SamplingParams]]
+"""Token ids of prompts, and what is asked of each."""
 
-def timed(llm: LLM, workload: str) -> tuple[float, int, int]:
-    """Seconds from the first prompt queued to the last token, prompt tokens and output tokens of one run, seed 0."""
+def inputs_of(workload: str) -> Inputs:
+    """Its requests, seed 0, as `LLM.generate` takes them."""
     requests = WORKLOADS[workload](0)
     params = [SamplingParams(max_tokens=r.max_tokens, temperature=0.0, ignore_eos=True) for r in requests]
+    return [list(r.prompt_token_ids) for r in requests], params
+
+
+def timed(llm: LLM, inputs: Inputs) -> float:
+    """Seconds from the first prompt queued to the last token of one run."""
     started = time.perf_counter()
-    outputs = llm.generate([list(r.prompt_token_ids) for r in requests], params)
+    outputs = llm.generate(*inputs)
     seconds = time.perf_counter() - started
-    num_out = sum(len(output.token_ids) for output in outputs)
-    assert num_out == sum(r.max_tokens for r in requests), "a request ended early"
-    return seconds, sum(len(r.prompt_token_ids) for r in requests), num_out
+    lengths = [len(output.token_ids) for output in outputs]
+    assert lengths == [params.max_tokens for params in inputs[1]], "a request ended early"
+    return seconds
 
 
 def measure(llm: LLM, workload: str, runs: int, device: Device | None = None) -> str:
     """A table row: the median of `runs` after one that is not counted, what one more shows of host and device, and what
     `device` would allow."""
-    timed(llm, workload)
-    results = [timed(llm, workload) for _ in range(runs)]
-    seconds = statistics.median(seconds for seconds, _, _ in results)
-    spread = (max(s for s, _, _ in results) - min(s for s, _, _ in results)) / seconds
-    _, num_in, num_out = results[0]
+    inputs = inputs_of(workload)
+    lengths = [(len(prompt), params.max_tokens or 0) for prompt, params in zip(*inputs, strict=True)]
+    num_in, num_out = map(sum, zip(*lengths, strict=True))
+    timed(llm, inputs)
+    times = [timed(llm, inputs) for _ in range(runs)]
+    seconds, spread = statistics.median(times), (max(times) - min(times)) / statistics.median(times)
     rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
-    row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, workload)} | "
+    row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, inputs)} | "
     if device is None:
         row += "- | - |"
     else:
-        lengths = [(len(r.prompt_token_ids), r.max_tokens) for r in WORKLOADS[workload](0)]
         floor = floor_seconds(lengths, work_of(llm), device)
         row += f"{floor:.2f} | {floor / seconds:.0%} |"
     print(row, flush=True)
     return row
 
 
-def observed(llm: LLM, workload: str) -> str:
+def observed(llm: LLM, inputs: Inputs) -> str:
     """Host time per step in us, and the share of a run in which the device had no step to work on."""
     recorder, now = MetricsRecorder(), llm.engine.clock.now
     llm.plugin_manager.register(recorder)
     recorder.start(now())
-    timed(llm, workload)
+    timed(llm, inputs)
     recorder.stop(now())
     llm.plugin_manager.unregister(recorder)
     result = summarise(recorder, device=llm.model.device.type)

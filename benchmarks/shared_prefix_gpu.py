@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch
+from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch, take_region
 from benchmarks.gpu_time import captured, copy_bandwidth, median_ms
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.backend import FlashAttention
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the tables here")
     options = parser.parse_args(arguments)
+    take_region()
     versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
     lines = [
         f"# Shared prefixes and keys in e4m3: attention backend `flash` on {torch.cuda.get_device_name()}\n",
