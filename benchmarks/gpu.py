@@ -28,6 +28,7 @@ from llmkit.workload.named import WORKLOADS
 Inputs = tuple[list[list[int]], list[SamplingParams]]
 """Token ids of prompts, and what is asked of each."""
 
+
 def inputs_of(workload: str) -> Inputs:
     """Its requests, seed 0, as `LLM.generate` takes them."""
     requests = WORKLOADS[workload](0)

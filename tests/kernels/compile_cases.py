@@ -79,9 +79,9 @@ def batch(*query_lens: int, length: int, repeated: int = 0) -> AttentionBatch:
     )
 
 
-def attention(shape: Shape, **settings: str) -> None:
+def attention(shape: Shape, block_size: int = BLOCK, **settings: str) -> None:
     """Decodes of one row and of many, short and long; prompts, alone and beside decodes."""
-    requirements = AttentionRequirements("cuda", "bfloat16", BLOCK, shape.layers)
+    requirements = AttentionRequirements("cuda", "bfloat16", block_size, shape.layers)
     backend = FlashAttention(FlashAttention.Settings(**settings), requirements, torch.bfloat16, CPU)
     backend.allocate(NUM_BLOCKS)
     steps = [batch(*[1] * rows, length=length) for rows in (1, 64, 256) for length in (512, 8192)]
@@ -93,6 +93,11 @@ def attention(shape: Shape, **settings: str) -> None:
             heads = spec.num_heads + 2 * spec.num_kv_heads
             merged = torch.empty(len(step.positions), heads, spec.head_dim, dtype=torch.bfloat16)
             backend.forward(index, *merged.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1))
+
+
+def attention_over_small_blocks(shape: Shape) -> None:
+    """The same where a tile lies in several blocks, so that no bulk copy takes it."""
+    attention(shape, block_size=16)
 
 
 def attention_in_fp8(shape: Shape) -> None:
@@ -187,6 +192,7 @@ def sampler(shape: Shape) -> None:
 LAUNCHES: dict[str, Callable[[Shape], None]] = {
     "attention": attention,
     "attention in fp8": attention_in_fp8,
+    "attention over small blocks": attention_over_small_blocks,
     "between products": between_products,
     "products of rows": products_of_rows,
     "products of tiles": products_of_tiles,

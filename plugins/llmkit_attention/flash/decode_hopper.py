@@ -3,7 +3,8 @@
 A warp of its own brings tiles into shared memory by bulk copies (TMA), several ahead. Of a row's keys only those of its
 last tile can be as new as this step, so the others come before the kernel in front has ended. Four warps multiply
 with the keys as rows (wgmma): scores are [TILE, queries], their weights go through shared memory, and neither keys nor
-values pass through registers.
+values pass through registers, but where they are stored in e4m3: these warps copy a tile as float16, its values while
+its keys are multiplied.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -27,9 +28,10 @@ LISTED = gl.constexpr(128)
 PART = gl.constexpr(16)
 """Keys of the smallest bulk copy: a row's last tile is read no further than its last key, rounded up to these."""
 PANEL = gl.constexpr(64)
-"""Numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
+"""16-bit numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 """How tiles of 16-bit numbers lie in shared memory, as bulk copies write them and wgmma reads them."""
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -42,8 +44,8 @@ def attend_one_hopper(
 ):  # fmt: skip
     """Arguments, grid and results as `decode.attend_one`.
 
-    `key_tiles`, `value_tiles` are descriptors of the pools as [pages * HEADS * PAGE, DIM] with boxes [TILE, PANEL],
-    `key_parts` and `value_parts` with boxes [PART, PANEL].
+    `key_tiles`, `value_tiles` are descriptors of the pools as [pages * HEADS * PAGE, DIM] with boxes [TILE, panel],
+    `key_parts` and `value_parts` with boxes [PART, panel]; a panel has 128 bytes of a key, or all.
     """
     share, head = gl.program_id(0), gl.program_id(1)
     total = gl.load(ends + rows - 1)
@@ -51,11 +53,16 @@ def attend_one_hopper(
     begin = share * size
     end = gl.minimum(begin + size, total)
     TYPE: gl.constexpr = key_tiles.dtype
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    keys = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
-    values = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], SWIZZLED)
-    packed = gl.allocate_shared_memory(TYPE, [ROWS_PAD, DIM], SWIZZLED)
-    weights = gl.allocate_shared_memory(TYPE, [ROWS_PAD, TILE], SWIZZLED)
+    NARROW: gl.constexpr = TYPE.primitive_bitwidth == 8
+    FACTORS: gl.constexpr = gl.float16 if NARROW else TYPE
+    keys = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], key_tiles.layout)
+    values = gl.allocate_shared_memory(TYPE, [STAGES, TILE, DIM], value_tiles.layout)
+    wide_keys, wide_values = keys, values
+    if NARROW:
+        wide_keys = gl.allocate_shared_memory(FACTORS, [1, TILE, DIM], SWIZZLED)
+        wide_values = gl.allocate_shared_memory(FACTORS, [1, TILE, DIM], SWIZZLED)
+    packed = gl.allocate_shared_memory(FACTORS, [ROWS_PAD, DIM], SWIZZLED)
+    weights = gl.allocate_shared_memory(FACTORS, [ROWS_PAD, TILE], SWIZZLED)
     listed = gl.allocate_shared_memory(gl.int32, [2, LISTED], PLAIN)
     listed_codes = gl.allocate_shared_memory(gl.int32, [2, LISTED], PLAIN)
     listed_pages = gl.allocate_shared_memory(gl.int32, [2, LISTED], PLAIN)
@@ -71,8 +78,8 @@ def attend_one_hopper(
         other_first, other_last = _tiles_of(ends, closing)
         gl.warp_specialize([
             (_attend, (
-                query, keys, values, packed, weights, full, empty, codes, listed, out, own, partial, lse, begin, end,
-                share, head, query_n, query_h, scale, softcap,
+                query, keys, values, wide_keys, wide_values, packed, weights, full, empty, codes, listed, out, own,
+                partial, lse, begin, end, share, head, query_n, query_h, scale, softcap,
                 HEADS, GROUP, DIM, TILE, ROWS_PAD, STAGES, WINDOW, SOFTCAP, SHARED, PDL,
             )),
             (_bring, (
@@ -103,8 +110,10 @@ def _bring(
     PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: tiles `begin` to `end` into the ring [STAGES, TILE, DIM] of `keys` and of `values`."""
-    PANELS: gl.constexpr = DIM // PANEL
+    WIDTH: gl.constexpr = key_tiles.block_type.shape[1]
+    PANELS: gl.constexpr = DIM // WIDTH
     PARTS: gl.constexpr = TILE // PART
+    BYTES: gl.constexpr = PART * DIM * 2 * (keys.dtype.primitive_bitwidth // 8)
     stage, phase, has_waited = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0)
     _list(codes, listed_codes, begin, end, 0, 1)
     _list(pages, listed_pages, begin, end, 0, 1)
@@ -121,19 +130,19 @@ def _bring(
         mbarrier.wait(empty.index(stage), phase)
         bar, parts = full.index(stage), ((code >> 2) & (TILE - 1)) // PART + 1
         for count in gl.static_range(1, PARTS + 1):
-            mbarrier.expect(bar, count * PART * DIM * 2 * 2, pred=parts == count)  # bytes of keys and of values
+            mbarrier.expect(bar, count * BYTES, pred=parts == count)  # of keys and of values
         if parts == PARTS:
-            key_panels = keys.index(stage)._reinterpret(keys.dtype, [PANELS, TILE, PANEL], SWIZZLED)
-            value_panels = values.index(stage)._reinterpret(keys.dtype, [PANELS, TILE, PANEL], SWIZZLED)
+            key_panels = keys.index(stage)._reinterpret(keys.dtype, [PANELS, TILE, WIDTH], key_tiles.layout)
+            value_panels = values.index(stage)._reinterpret(keys.dtype, [PANELS, TILE, WIDTH], key_tiles.layout)
             for panel in gl.static_range(PANELS):
-                tma.async_copy_global_to_shared(key_tiles, [place, panel * PANEL], bar, key_panels.index(panel))
+                tma.async_copy_global_to_shared(key_tiles, [place, panel * WIDTH], bar, key_panels.index(panel))
             for panel in gl.static_range(PANELS):
-                tma.async_copy_global_to_shared(value_tiles, [place, panel * PANEL], bar, value_panels.index(panel))
+                tma.async_copy_global_to_shared(value_tiles, [place, panel * WIDTH], bar, value_panels.index(panel))
         else:
-            key_pieces = keys.index(stage)._reinterpret(keys.dtype, [PANELS * PARTS, PART, PANEL], SWIZZLED)
-            value_pieces = values.index(stage)._reinterpret(keys.dtype, [PANELS * PARTS, PART, PANEL], SWIZZLED)
+            key_pieces = keys.index(stage)._reinterpret(keys.dtype, [PANELS * PARTS, PART, WIDTH], key_parts.layout)
+            value_pieces = values.index(stage)._reinterpret(keys.dtype, [PANELS * PARTS, PART, WIDTH], key_parts.layout)
             for piece in gl.static_range(PANELS * PARTS):
-                at, held = [place + piece % PARTS * PART, piece // PARTS * PANEL], piece % PARTS < parts
+                at, held = [place + piece % PARTS * PART, piece // PARTS * WIDTH], piece % PARTS < parts
                 tma.async_copy_global_to_shared(key_parts, at, bar, key_pieces.index(piece), pred=held)
                 tma.async_copy_global_to_shared(value_parts, at, bar, value_pieces.index(piece), pred=held)
         stage += 1
@@ -144,14 +153,16 @@ def _bring(
 
 @gluon.jit
 def _attend(
-    query, keys, values, packed, weights, full, empty, codes, listed, out, own, partial, lse, begin, end, share, head,
-    query_n, query_h, scale, softcap,
+    query, keys, values, wide_keys, wide_values, packed, weights, full, empty, codes, listed, out, own, partial, lse,
+    begin, end, share, head, query_n, query_h, scale, softcap,
     HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, ROWS_PAD: gl.constexpr,
     STAGES: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SHARED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the running softmax over tiles `begin` to `end`, and what whole rows and parts of rows come to."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS_PAD, 16])
     QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    NARROW: gl.constexpr = keys.dtype.primitive_bitwidth == 8
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
     asking = gl.arange(0, ROWS_PAD, gl.SliceLayout(1, QUERY))[:, None]
     place = (head * GROUP + asking) * query_h + gl.arange(0, DIM, gl.SliceLayout(0, QUERY))[None, :]
     key = gl.arange(0, TILE, gl.SliceLayout(1, SCORES))[:, None]
@@ -170,18 +181,30 @@ def _attend(
             _list(codes, listed, begin, end, number // LISTED + 1, WARPS)
         now, code = code, _listed(listed, number + 1, WARPS)
         if opens:
-            packed.store(coming)
+            packed.store(_factor(coming, packed.dtype))
             fence_async_shared()
         if (code & 2) != 0:
             coming = gl.load(query + (code >> 14).to(gl.int64) * query_n + place, mask=asking < GROUP, other=0.0)
         seen, lowest = (now >> 2) & (TILE - 1), (now >> 8) & (TILE - 1)
         mbarrier.wait(full.index(stage), phase)
-        if (seen < TILE - 1) | (lowest > 0):
-            _clear(values.index(stage), lowest, seen, TILE)
-        logits = warpgroup_mma(
-            keys.index(stage), packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
-        )
-        logits, so_far = warpgroup_mma_wait(0, deps=[logits, context])
+        if NARROW:
+            wide_keys.index(0).store(keys.index(stage).load(WIDE).to(gl.float16))
+            so_far = warpgroup_mma_wait(0, deps=[context])
+            fence_async_shared()
+            tl.debug_barrier()  # the last of the keys are there, and all have read the values before these
+            logits = warpgroup_mma(
+                wide_keys.index(0), packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
+            )
+            _copy_seen(values.index(stage), wide_values.index(0), lowest, seen, TILE, WIDE)
+            logits = warpgroup_mma_wait(0, deps=[logits])
+        else:
+            if (seen < TILE - 1) | (lowest > 0):
+                _copy_seen(values.index(stage), values.index(stage), lowest, seen, TILE, WIDE)
+                fence_async_shared()
+            logits = warpgroup_mma(
+                keys.index(stage), packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
+            )
+            logits, so_far = warpgroup_mma_wait(0, deps=[logits, context])
         if SOFTCAP:
             logits = softcap * (1.0 - 2.0 / (gl.exp2(logits * scale * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
             logits = logits * 1.4426950408889634
@@ -191,12 +214,17 @@ def _attend(
         new_top = gl.maximum(top, gl.max(logits, 0))
         fresh, decay = gl.exp2(logits - new_top[None, :]), gl.exp2(top - new_top)
         top, weight = new_top, weight * decay[None, :] + fresh
-        weights.permute((1, 0)).store(fresh.to(keys.dtype))
+        weights.permute((1, 0)).store(fresh.to(weights.dtype))
         fence_async_shared()
-        tl.debug_barrier()  # all have read the stage before this one
-        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=number > 0)
+        tl.debug_barrier()  # all have copied this stage, or multiplied with the one before
+        if NARROW:
+            mbarrier.arrive(empty.index(stage))
+            factors = wide_values.index(0)
+        else:
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=number > 0)
+            factors = values.index(stage)
         context = warpgroup_mma(
-            values.index(stage).permute((1, 0)), weights.permute((1, 0)),
+            factors.permute((1, 0)), weights.permute((1, 0)),
             warpgroup_mma_init(so_far * decay[None, :]), is_async=True,
         )  # fmt: skip
         opens = (now & 1) != 0
@@ -227,18 +255,28 @@ def _list(source, entries, begin, end, chunk, NUM_WARPS: gl.constexpr):
 @gluon.jit
 def _listed(entries, number, NUM_WARPS: gl.constexpr):
     """The entry of the share's tile `number`."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    one = entries._reinterpret(gl.int32, [2 * LISTED, 1], FLAT).index(number & (2 * LISTED - 1))
+    one = entries._reinterpret(gl.int32, [2 * LISTED, 1], PLAIN).index(number & (2 * LISTED - 1))
     return gl.sum(one.load(gl.BlockedLayout([1], [32], [NUM_WARPS], [0])), 0)
 
 
 @gluon.jit
-def _clear(values, lowest, seen, TILE: gl.constexpr):
-    """Zero the values [TILE, DIM] of keys that are not seen: a weight of 0 would not hide their NaN."""
-    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    key = gl.arange(0, TILE, gl.SliceLayout(1, VALUES))
-    values.store(gl.where(((key >= lowest) & (key <= seen))[:, None], values.load(VALUES), 0.0))
-    fence_async_shared()
+def _factor(query, TYPE: gl.constexpr):
+    """`query` in the type in which it is multiplied: within the range of float16 where keys are stored in e4m3."""
+    if query.dtype == TYPE:
+        return query
+    else:
+        wide = query.to(gl.float32)
+        return gl.where(wide > 65504.0, 65504.0, gl.where(wide < -65504.0, -65504.0, wide)).to(TYPE)
+
+
+@gluon.jit
+def _copy_seen(values, target, lowest, seen, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Values [TILE, DIM] to `target`, with zeros for keys that are not seen: a weight of 0 would not hide their NaN."""
+    copied = values.load(LAYOUT).to(target.dtype)
+    if (seen < TILE - 1) | (lowest > 0):
+        key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+        copied = gl.where(((key >= lowest) & (key <= seen))[:, None], copied, 0.0)
+    target.store(copied)
 
 
 @gluon.jit

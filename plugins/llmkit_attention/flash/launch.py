@@ -21,10 +21,12 @@ PROGRAMS_PER_PROCESSOR = 2
 for programs of the next kernel, which would crowd out some of these."""
 STAGES = 4
 """Tiles of a decode program that are loaded or in use at the same time."""
-HOPPER_STAGES, HOPPER_REGISTERS = 3, 128
-"""The same for the kernel on Hopper, and the registers of a thread that leave room for two programs."""
+HOPPER_STAGES, HOPPER_REGISTERS = {2: 3, 1: 4}, 128
+"""The same for the kernel on Hopper, by the bytes of a stored number, and the registers of a thread that leave room for
+two programs."""
 FEW_ROWS, FEW_STAGES = 16, 4
-"""Up to so many rows there is one of them a multiprocessor: fewer have to start, and fewer parts to be combined."""
+"""Up to so many rows there is one of them a multiprocessor: fewer have to start, and fewer parts to be combined. Not of
+those that have keys in e4m3 to copy, which are slow alone."""
 LEAST_TILES = 2
 """A share is not smaller: parts of a row must be combined again."""
 QUERY_WARPS, QUERY_STAGES = 4, 3
@@ -110,8 +112,8 @@ class Launch:
     def pool(self, pool: torch.Tensor) -> Pool:
         """`pool` [2, num_blocks, num_kv_heads, block_size, head_dim] in the form that the other methods take."""
         keys, values = pool
-        boxes = self._boxes(keys, values) if self.hopper and pool.dtype in (torch.bfloat16, torch.float16) else None
-        in_pairs = boxes is not None and self.group % 2 == 0
+        boxes = self._boxes(keys, values) if self.hopper else None
+        in_pairs = boxes is not None and self.group % 2 == 0 and pool.itemsize == 2
         return Pool(keys, values, self._tiles(keys), self._tiles(values), boxes, in_pairs)
 
     def _tiles(self, part: torch.Tensor) -> TensorDescriptor | torch.Tensor:
@@ -120,13 +122,16 @@ class Launch:
         return TensorDescriptor.from_tensor(part.view(-1, self.spec.head_dim), [self.tile, self.spec.head_dim])
 
     def _boxes(self, *parts: torch.Tensor) -> tuple[Any, ...]:
+        from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        from llmkit_attention.flash.decode_hopper import PANEL, PART, SWIZZLED
+        from llmkit_attention.flash.decode_hopper import PART
 
-        rows = [part.view(-1, self.spec.head_dim) for part in parts]
-        shapes = [self.tile, PANEL.value], [PART.value, PANEL.value]
-        return tuple(TensorDescriptor.from_tensor(part, shape, SWIZZLED.value) for shape in shapes for part in rows)
+        rows, size = [part.view(-1, self.spec.head_dim) for part in parts], parts[0].itemsize
+        panel = min(128 // size, self.spec.head_dim)
+        layout = NVMMASharedLayout(panel * size, 8 * size, rank=2)
+        shapes = [self.tile, panel], [PART.value, panel]
+        return tuple(TensorDescriptor.from_tensor(part, shape, layout) for shape in shapes for part in rows)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: KeyValueSlots) -> None:
         """Store `key` and `value` [N, num_kv_heads, head_dim] in their slots."""
@@ -195,8 +200,9 @@ class Launch:
         from llmkit_attention.flash.decode_hopper import attend_one_hopper
 
         spec, workspace, rows = self.spec, self.workspace, len(batch.seq_lens)
-        shares, stages = workspace.shares(spec), HOPPER_STAGES
-        if rows <= FEW_ROWS:
+        size = boxes[0].base.itemsize
+        shares, stages = workspace.shares(spec), HOPPER_STAGES[size]
+        if rows <= FEW_ROWS and size == 2:
             shares, stages = max(1, shares // PROGRAMS_PER_PROCESSOR), FEW_STAGES
         attend_one_hopper[(shares, spec.num_kv_heads)](
             query, *boxes, out, own if own is not None else workspace.lse, workspace.partial, workspace.lse,
