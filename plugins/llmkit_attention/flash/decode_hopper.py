@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from llmkit_attention.flash.combine_hopper import WARPS, hand_over
+from llmkit_attention.flash.scores_hopper import in_range, scores
 
 LISTED = gl.constexpr(128)
 """Tiles whose codes and pages are brought into shared memory at a time; twice as many are held."""
@@ -162,10 +163,8 @@ def _attend(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS_PAD, 16])
     QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     NARROW: gl.constexpr = keys.dtype.primitive_bitwidth == 8
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
     asking = gl.arange(0, ROWS_PAD, gl.SliceLayout(1, QUERY))[:, None]
     place = (head * GROUP + asking) * query_h + gl.arange(0, DIM, gl.SliceLayout(0, QUERY))[None, :]
-    key = gl.arange(0, TILE, gl.SliceLayout(1, SCORES))[:, None]
     zeros = gl.zeros([TILE, ROWS_PAD], gl.float32, SCORES)
     top = gl.full([ROWS_PAD], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
     weight, context = zeros, warpgroup_mma_init(gl.zeros([DIM, ROWS_PAD], gl.float32, SCORES))
@@ -181,36 +180,16 @@ def _attend(
             _list(codes, listed, begin, end, number // LISTED + 1, WARPS)
         now, code = code, _listed(listed, number + 1, WARPS)
         if opens:
-            packed.store(_factor(coming, packed.dtype))
+            packed.store(in_range(coming, packed.dtype))
             fence_async_shared()
         if (code & 2) != 0:
             coming = gl.load(query + (code >> 14).to(gl.int64) * query_n + place, mask=asking < GROUP, other=0.0)
         seen, lowest = (now >> 2) & (TILE - 1), (now >> 8) & (TILE - 1)
         mbarrier.wait(full.index(stage), phase)
-        if NARROW:
-            wide_keys.index(0).store(keys.index(stage).load(WIDE).to(gl.float16))
-            so_far = warpgroup_mma_wait(0, deps=[context])
-            fence_async_shared()
-            tl.debug_barrier()  # the last of the keys are there, and all have read the values before these
-            logits = warpgroup_mma(
-                wide_keys.index(0), packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
-            )
-            _copy_seen(values.index(stage), wide_values.index(0), lowest, seen, TILE, WIDE)
-            logits = warpgroup_mma_wait(0, deps=[logits])
-        else:
-            if (seen < TILE - 1) | (lowest > 0):
-                _copy_seen(values.index(stage), values.index(stage), lowest, seen, TILE, WIDE)
-                fence_async_shared()
-            logits = warpgroup_mma(
-                keys.index(stage), packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
-            )
-            logits, so_far = warpgroup_mma_wait(0, deps=[logits, context])
-        if SOFTCAP:
-            logits = softcap * (1.0 - 2.0 / (gl.exp2(logits * scale * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
-            logits = logits * 1.4426950408889634
-        else:
-            logits = logits * (scale * 1.4426950408889634)
-        logits = gl.where((key <= seen) & (key >= lowest), logits, float("-inf"))
+        logits, so_far = scores(
+            keys.index(stage), values.index(stage), wide_keys.index(0), wide_values.index(0), packed, context, zeros,
+            lowest, seen, scale, softcap, TILE, DIM, SOFTCAP,
+        )  # fmt: skip
         new_top = gl.maximum(top, gl.max(logits, 0))
         fresh, decay = gl.exp2(logits - new_top[None, :]), gl.exp2(top - new_top)
         top, weight = new_top, weight * decay[None, :] + fresh
@@ -257,26 +236,6 @@ def _listed(entries, number, NUM_WARPS: gl.constexpr):
     """The entry of the share's tile `number`."""
     one = entries._reinterpret(gl.int32, [2 * LISTED, 1], PLAIN).index(number & (2 * LISTED - 1))
     return gl.sum(one.load(gl.BlockedLayout([1], [32], [NUM_WARPS], [0])), 0)
-
-
-@gluon.jit
-def _factor(query, TYPE: gl.constexpr):
-    """`query` in the type in which it is multiplied: within the range of float16 where keys are stored in e4m3."""
-    if query.dtype == TYPE:
-        return query
-    else:
-        wide = query.to(gl.float32)
-        return gl.where(wide > 65504.0, 65504.0, gl.where(wide < -65504.0, -65504.0, wide)).to(TYPE)
-
-
-@gluon.jit
-def _copy_seen(values, target, lowest, seen, TILE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Values [TILE, DIM] to `target`, with zeros for keys that are not seen: a weight of 0 would not hide their NaN."""
-    copied = values.load(LAYOUT).to(target.dtype)
-    if (seen < TILE - 1) | (lowest > 0):
-        key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
-        copied = gl.where(((key >= lowest) & (key <= seen))[:, None], copied, 0.0)
-    target.store(copied)
 
 
 @gluon.jit
