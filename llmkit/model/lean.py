@@ -22,6 +22,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Union, Unpack
 
+from llmkit.model.bytecode import LIBRARIES, compile_libraries, read_from
 from llmkit.model.distributions import Distributions
 from llmkit.model.import_hooks import DYNAMO, look_at_ends, then, when_dynamo_comes
 
@@ -89,12 +90,15 @@ class _Finder(MetaPathFinder, Loader):
 
     def __init__(self) -> None:
         self._wanted: set[str] = set()
+        self._bytecode = compile_libraries()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == READER:
             return then(PathFinder.find_spec(name, path), look_at_ends)
         root = _root_of(name)
         if root is None or root in self._wanted:
+            if self._bytecode is not None and name.partition(".")[0] in LIBRARIES:
+                return read_from(PathFinder.find_spec(name, path), self._bytecode)
             return None
         spec = ModuleSpec(name, self, is_package=True)
         if name == root:
