@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.attention_gpu import DEVICE, DIM, HEADS, batch, take_region
+from benchmarks.attention_gpu import BLOCK, DEVICE, DIM, HEADS, batch, take_region
 from benchmarks.gpu_time import captured, copy_bandwidth, median_ms
 from llmkit.interfaces.attention import AttentionBatch, AttentionRequirements, LayerSpec
 from llmkit_attention.flash.backend import FlashAttention
 from llmkit_attention.flash.settings import FlashSettings
 
-BLOCK, PREFIX = 64, 2048
+PREFIX = 2048
 SHARED = [(rows, own) for rows in (64, 256) for own in (128, 512)]
 NARROW = [(64, 8192), (256, 2048)]
 REPEATS = 20
@@ -74,7 +74,7 @@ def shared_rows(kv_dtype: str) -> list[str]:
     for heads, kv_heads in HEADS:
         spec = LayerSpec(heads, kv_heads, DIM, DIM**-0.5)
         for rows, own in SHARED:
-            step = sharing(blocks_of_64(rows, PREFIX + own), PREFIX)
+            step = sharing(batch(rows, 1, PREFIX + own - 1), PREFIX)
             apart, once = (decode_us(spec, replace(step, num_repeated_keys=n), kv_dtype) for n in (0, 1 << 40))
             name = f"| {heads}/{kv_heads} | {kv_dtype} | {rows} x ({PREFIX} + {own})"
             plans = f"{apart[1]:.1f} | {once[1]:.1f}"
@@ -89,7 +89,7 @@ def narrow_rows() -> list[str]:
     for heads, kv_heads in HEADS:
         spec = LayerSpec(heads, kv_heads, DIM, DIM**-0.5)
         for rows, context in NARROW:
-            step = blocks_of_64(rows, context)
+            step = batch(rows, 1, context - 1)
             wide, narrow = (decode_us(spec, step, kv_dtype)[0] for kv_dtype in ("auto", "fp8"))
             keys = rows * context * kv_heads * DIM
             rates = f"{4 * keys / wide / 1e3:.0f} | {2 * keys / narrow / 1e3:.0f}"
@@ -97,15 +97,6 @@ def narrow_rows() -> list[str]:
             lines.append(f"{name} | {wide:.1f} | {narrow:.1f} | {rates} | {wide / narrow:.2f}x |")
             print(lines[-1], flush=True)
     return lines
-
-
-def blocks_of_64(rows: int, length: int) -> AttentionBatch:
-    """Rows with one new token each behind `length - 1` others."""
-    step = batch(rows, 1, length - 1)
-    blocks = -(-length // BLOCK)
-    table = torch.randperm(rows * blocks, device=DEVICE, dtype=torch.int32).view(rows, blocks)
-    slots = table[:, (length - 1) // BLOCK].long() * BLOCK + (length - 1) % BLOCK
-    return replace(step, block_table=table, slot_mapping=slots)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

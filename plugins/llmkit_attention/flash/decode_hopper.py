@@ -28,8 +28,6 @@ LISTED = gl.constexpr(128)
 """Tiles whose codes and pages are brought into shared memory at a time; twice as many are held."""
 PART = gl.constexpr(16)
 """Keys of the smallest bulk copy: a row's last tile is read no further than its last key, rounded up to these."""
-PANEL = gl.constexpr(64)
-"""16-bit numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 """How tiles of 16-bit numbers lie in shared memory, as bulk copies write them and wgmma reads them."""
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))

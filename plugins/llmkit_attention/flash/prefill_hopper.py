@@ -13,9 +13,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from llmkit_attention.flash.decode_hopper import PANEL, SWIZZLED
+from llmkit_attention.flash.decode_hopper import SWIZZLED
 from llmkit_attention.flash.softmax_hopper import HALF, QUERIES, TILE, advance, close, open_tile
 
+PANEL = gl.constexpr(64)
+"""16-bit numbers of a key or value that one bulk copy takes: what a row of swizzled shared memory holds."""
 OUTSIDE = gl.constexpr(0x7FFFFF00)
 """A row behind every pool's end: what is copied from there is zeros."""
 
