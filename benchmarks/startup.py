@@ -66,7 +66,9 @@ def phase(name, work, *args, **options):
         spent[name] = spent.get(name, 0.0) + took - stack.pop()
         if stack:
             stack[-1] += took
-phase("import of torch", import_module, "torch")
+lean_imports = import_module("llmkit.model.lean").lean_imports
+with lean_imports():
+    phase("import of torch", import_module, "torch")
 phase("import of transformers", import_module, "llmkit.model.loading")
 phase("other imports", import_module, "llmkit.llm")
 def wrapped(name, work):
