@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from llmkit.errors import LlmkitError, did_you_mean
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     """Every subcommand but `run`, whose arguments are Hydra's and are passed on untouched."""
     top = Parser(prog="llmkit", description="An LLM inference engine built from replaceable parts.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.add_argument("--version", action="version", version=f"llmkit {_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="benchmark one composition, or sweep over many (llmkit run --help)", add_help=False)
     plugins = commands.add_parser("plugins", help="list what is installed; `plugins show NAME` for its options")
@@ -90,6 +92,14 @@ def parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return top
+
+
+def _version() -> str:
+    """Of the installed distribution; `pyproject.toml` is the one place that says it."""
+    try:
+        return version("llmkit")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

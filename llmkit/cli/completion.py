@@ -15,7 +15,7 @@ from llmkit.registry import KINDS, RESERVED, Registry
 COMMANDS = ("run", "plugins", "generate", "completion")
 SHELLS = ("bash", "zsh", "fish")
 FLAGS = {
-    "": ("--help", "--debug"),
+    "": ("--help", "--debug", "--version"),
     "run": ("-m", "--multirun", "--help", "--cfg", "--debug"),
     "generate": (
         "--model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -22,6 +23,7 @@ print("\\n" + json.dumps([code, sorted(names & heavy)]))
 
 LIGHT = [
     ["--help"],
+    ["--version"],
     ["plugins"],
     ["plugins", "show", "continuous"],
     ["completion", "bash"],
@@ -67,3 +69,9 @@ def test_vocabulary_is_light_until_it_is_used() -> None:
     light = "import sys, llmkit, llmkit.testing; print('torch' in sys.modules, 'hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout == "False False\n"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout == "True\n"
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    command = [sys.executable, "-m", "llmkit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"llmkit {version('llmkit')}\n"
