@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmkit import CacheSpec
 from llmkit import Settings as AnySettings
@@ -17,6 +17,12 @@ class PagedSettings(EvictionSettings):
     """Options of the paged cache."""
 
     prefix: bool = Field(True, description="reuse the KV of equal beginnings, within a tenant")
+
+    @model_validator(mode="after")
+    def _evicts_what_it_keeps(self) -> Self:
+        if not self.prefix and self.eviction != type(self).model_fields["eviction"].default:
+            raise ValueError(f"eviction={self.eviction} does nothing with prefix=off, which keeps no unused block")
+        return self
 
 
 class PagedCache(SharingCache):

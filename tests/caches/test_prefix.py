@@ -1,14 +1,16 @@
 """Prefix caching of the paged cache: what is found again, what is not, and what it costs to look."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from llmkit.interfaces.cache import CacheSpec, CacheStats
 from llmkit.testing import check_cache
 from llmkit.testing.schedulers import build_cache
 from llmkit.types import Request, SamplingParams
-from llmkit_caches.paged import PagedCache
+from llmkit_caches.paged import PagedCache, PagedSettings
 from llmkit_caches.radix import RadixCache
 from llmkit_caches.sharing import SharingCache
 
@@ -155,6 +157,13 @@ def test_nothing_is_reused_with_prefix_off() -> None:
     assert matched(cache, TWENTY) == 0 and not {*cache.block_table(one)} & {*cache.block_table(two)}
     leave(cache, one, two)
     assert cache.stats() == CacheStats(0, 0, 16)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_policy_is_refused_where_nothing_is_kept(prefix: bool) -> None:
+    assert PagedSettings(prefix=prefix, eviction="lru").prefix is prefix, "the default is no wish"
+    with nullcontext() if prefix else pytest.raises(ValidationError, match="eviction=lfu does nothing with prefix=off"):
+        PagedSettings(prefix=prefix, eviction="lfu")
 
 
 def test_cached_blocks_make_room_and_are_forgotten(kind: type[SharingCache]) -> None:
