@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,9 +43,11 @@ def _lie_within(token_ids: Sequence[int], vocab_size: int) -> bool:
     import numpy as np  # not at the top: help and errors of the command come without it
 
     try:
-        ids = np.fromiter(token_ids, np.int64, len(token_ids))
+        ids = np.frombuffer(array("q", token_ids), np.int64)  # numpy alone would take "7" and 7.5
     except OverflowError:
         return False
+    except TypeError as error:
+        raise RequestError(f"token ids of a prompt are integers: {error}") from None
     return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
