@@ -85,10 +85,12 @@ def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], Non
             raise
         except Exception as error:
             raise ConfigError(explain(error, argv, registry)) from error
+        finally:
+            _drop_unused_sweeps()
     if raised:
         raise raised[0]
-    if not num_jobs and any("glob(" in argument for argument in argv):
-        raise ConfigError("nothing to run: a glob matches no name")
+    if not num_jobs and (empty := [argument for argument in argv if re.search(r"=(glob|range)\(", argument)]):
+        raise ConfigError(f"nothing to run: {empty[0]} names nothing")
 
 
 def _flags_first(argv: Sequence[str]) -> list[str]:
@@ -105,6 +107,19 @@ def drop_unused(folder: Path) -> None:
         return
     shutil.rmtree(folder / ".hydra", ignore_errors=True)
     (folder / "llmkit.log").unlink(missing_ok=True)
+    _remove_while_empty(folder)
+
+
+def _drop_unused_sweeps() -> None:
+    """Remove folders of this process' sweeps (`conf/config.yaml` names them) that hold nothing but Hydra's record."""
+    for record in Path.cwd().glob(f"multirun/*/*-{os.getpid()}/multirun.yaml"):
+        if len(list(record.parent.iterdir())) == 1:
+            record.unlink()
+            _remove_while_empty(record.parent)
+
+
+def _remove_while_empty(folder: Path) -> None:
+    """Remove `folder`, and those around it that lie in the current one, up to the first that holds something."""
     here = Path.cwd()
     for one in (folder, *folder.parents):
         if any(one.iterdir()) or one == here or (one != folder and here not in one.parents):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from llmkit.compose import Job, run_hydra, store, to_yaml
+from llmkit.compose import Job, drop_unused, run_hydra, store, to_yaml
 from llmkit.config import Choice, EngineSettings, RunConfig, plain, resolve
 from llmkit.errors import ConfigError, LlmkitError
 from llmkit.plugins import load_plugins
@@ -59,6 +59,7 @@ class Runner:
             if not job.is_sweep:
                 raise
             self.num_failed += 1
+            drop_unused(job.run_dir)
             say(f"{job.run_dir.name}: {error}")
 
     def _report(self, job: Job, outcome: RunOutcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,10 @@ def test_sweep_reports_what_cannot_run_and_runs_the_rest(
     assert "0-continuous-paged-tiny-batch: scheduler.max_num_seqs=0: Input should be greater" in err
     assert "1 of the sweep's runs failed" in err and "Traceback" not in err
     assert [run.name for run in runs(workdir)] == ["1-continuous-paged-tiny-batch"]
+    assert not [*workdir.rglob("0-*")], "a refused run leaves nothing"
+    shutil.rmtree(workdir / "multirun")
+    assert main(["-m", *SMALL, "scheduler.max_num_seqs=0,-1"]) == 2
+    assert not (workdir / "multirun").exists()
 
 
 @pytest.mark.parametrize(

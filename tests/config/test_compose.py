@@ -167,7 +167,8 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["attention={name: sdpa}"], "attention.name=sdpa: a part is chosen by its group: write attention=sdpa"),
         (["scheduler=static,mine"], "scheduler=static,mine names several values: add -m to run them all"),
         (["scheduler=glob(*)"], "scheduler=glob(*) names several values: add -m to run them all"),
-        (["-m", "scheduler=glob(zz*)"], "nothing to run: a glob matches no name"),
+        (["-m", "scheduler=glob(zz*)"], "nothing to run: scheduler=glob(zz*) names nothing"),
+        (["-m", "engine.block_size=range(1,1)"], "nothing to run: engine.block_size=range(1,1) names nothing"),
         (["scheduler"], "cannot read 'scheduler': Error parsing override; write GROUP=NAME or GROUP.OPTION=VALUE"),
         (["sampling.logit_bias={5:1}"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
         (["sampling.logit_bias.5=1"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
@@ -225,6 +226,14 @@ def test_a_refused_run_leaves_nothing(registry: Registry, workdir: Path) -> None
         assert sorted(workdir.rglob("*")) == [workdir / "outputs", workdir / "outputs/mine"]
     refusal(registry, "scheduler=[static]", "hydra.run.dir=outputs")
     assert (workdir / "outputs/mine").is_file(), "what lay there before stays, though it is empty"
+
+
+@pytest.mark.parametrize(
+    "words", [["scheduler=nope,mine"], ["scheduler=glob(zz*)"], ["scheduler=mine", "scheduler.name=static,fair"]]
+)
+def test_a_sweep_that_is_refused_as_a_whole_leaves_nothing(registry: Registry, workdir: Path, words: list[str]) -> None:
+    refusal(registry, "-m", *words)
+    assert list(workdir.rglob("*")) == []
 
 
 def test_failed_plugins_are_named_where_a_component_is_missing(registry: Registry, workdir: Path) -> None:
