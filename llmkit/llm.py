@@ -10,6 +10,7 @@ from llmkit.config import Choice, choose, validate
 from llmkit.engine.detokenizer import StreamDetokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.limits import check_request
+from llmkit.engine.patience import PatientSteps
 from llmkit.engine.progress import Progress
 from llmkit.engine.quiet import quiet_collector
 from llmkit.engine.settings import EngineSettings
@@ -85,6 +86,7 @@ class LLM:
             self.plugin_manager.hook,
             clock,
         )
+        self._steps = PatientSteps(self.engine)
         self._num_requests = 0
         self._collectors: list[Collector] = []
 
@@ -198,7 +200,7 @@ class LLM:
 
     def _step(self) -> None:
         """One step of the engine; what came of it goes to whoever asked, also to streams that pause just now."""
-        for output in self.engine.step():
+        for output in self._steps.step():
             for collector in self._collectors:
                 collector.take(output)
 

@@ -194,6 +194,6 @@ def test_calls_in_the_middle_of_a_stream(make_llm: MakeLLM, speaker: dict[str, s
 def test_increments_come_as_soon_as_they_are_known(llm: LLM) -> None:
     steps = []
     for piece in llm.stream(["ab", "1"], SPEAK):
-        steps.append((llm.engine.planner._num_planned_steps, piece.prompt_index))
+        steps.append((llm.engine.planner.num_planned_steps, piece.prompt_index))
     assert steps[:4] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert all(later >= sooner for sooner, later in pairwise(step for step, _ in steps))

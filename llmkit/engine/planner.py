@@ -49,7 +49,7 @@ class Planner:
         self._residency = Residency(allocator, scheduler.settings.max_num_seqs, host, forks)
         self._forks = self._residency.forks
         self.containment = self._residency.containment
-        self._num_planned_steps = 0
+        self.num_planned_steps = 0
         self._sampling: list[Request] = []
         self._steady: SteadyDecode | None = None
 
@@ -141,13 +141,13 @@ class Planner:
             others = running.difference(ran)
             if not all(map(is_decoding, ran)) or not all(map(is_at_full_length, others)):
                 return None
-            self._steady = SteadyDecode(ran, self._residency, self._num_planned_steps)
+            self._steady = SteadyDecode(ran, self._residency, self.num_planned_steps)
         try:
             plan = self._steady.plan()
         except BaseException:
             self._end_repeating()
             raise
-        self._num_planned_steps += plan is not None
+        self.num_planned_steps += plan is not None
         return plan
 
     def _end_repeating(self) -> None:
@@ -180,8 +180,8 @@ class Planner:
 
     def _compile(self, step: PlannedStep, edits: Edits, more_edits: tuple[Edits, ...]) -> StepPlan:
         """Turn grants into plain data and mark their tokens as in flight."""
-        step_id = self._num_planned_steps
-        self._num_planned_steps += 1
+        step_id = self.num_planned_steps
+        self.num_planned_steps += 1
         admissions = tuple([_admission(view._request) for view in step.admitted])
         rows: list[ScheduledRequest] = []
         num_samples = 0

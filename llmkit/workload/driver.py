@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmkit.engine.engine import Engine
+from llmkit.engine.patience import PatientSteps
 from llmkit.engine.progress import Progress as RequestProgress
 from llmkit.engine.quiet import quiet_collector
 from llmkit.errors import LlmkitError, RequestError
@@ -21,8 +22,6 @@ from llmkit.workload.protocol import Target
 from llmkit.workload.requests import TimedRequest
 
 NAP = 0.1  # longest sleep in one go, so that Ctrl-C is noticed
-POLL = 0.001  # how often a scheduler that runs nothing is asked again
-PATIENCE = 10.0  # for how long
 
 
 @dataclass(slots=True)
@@ -92,8 +91,7 @@ class _Player:
         self._coming = deque(sorted(built, key=lambda entry: entry[0].arrival_time))
         self._index = {request.request_id: index for request, index in built}
         self._open: set[str] = set()
-        self._idle_since: float | None = None
-        self._num_idle = 0
+        self._steps = PatientSteps(engine)
         self._num_shown = 0
 
     def play(self, interrupt: Interrupt) -> None:
@@ -133,31 +131,13 @@ class _Player:
                 self._recorder.refused(request.request_id, request.arrival_time, request.num_prompt_tokens, str(error))
 
     def _step(self) -> None:
-        num_steps = self._recorder.num_steps
-        outputs = self.engine.step()
-        for output in outputs:
+        for output in self._steps.step(others_come=bool(self._coming)):
             if output.completion is not None:
                 self._open.discard(output.request_id)
                 self.played.completions[self._index[output.request_id]] = output.completion
         if self._progress is not None:
             self._progress.advance(self._recorder.num_new_tokens - self._num_shown)
             self._num_shown = self._recorder.num_new_tokens
-        if outputs or self._recorder.num_steps > num_steps:
-            self._idle_since, self._num_idle = None, 0
-        else:
-            self._wait_for_scheduler()
-
-    def _wait_for_scheduler(self) -> None:
-        """Nothing was launched or landed: the pipeline is filling, or the scheduler holds requests back."""
-        now = self.engine.clock.now()
-        self._num_idle += 1
-        if self._num_idle <= self.engine.depth + 1:
-            return
-        self._idle_since = now if self._idle_since is None else self._idle_since
-        if now - self._idle_since > PATIENCE and not self._coming:
-            scheduler = type(self.engine.planner.scheduler).__name__
-            raise LlmkitError(f"scheduler {scheduler} has run nothing for {PATIENCE:g} s; waiting: {len(self._open)}")
-        self.engine.clock.sleep_until(now + POLL)
 
     def _sleep_until(self, when: float) -> None:
         clock = self.engine.clock
