@@ -19,7 +19,7 @@ class ConfigError(LlmkitError):
 
 
 class PluginError(LlmkitError):
-    """A plugin broke the rules of registration: duplicate name, misspelt hook, wrong type."""
+    """A plugin broke the rules of registration (duplicate name, misspelt hook, wrong type), or its code failed."""
 
 
 class ModelError(LlmkitError):

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from pathlib import Path
+from traceback import format_exception, walk_tb
 
 import pluggy
 
 from llmkit import hookspecs
-from llmkit.errors import PluginError, unknown_name
+from llmkit.errors import LlmkitError, PluginError, unknown_name
 from llmkit.registry import Registry
 
 GROUP = "llmkit"
@@ -77,6 +79,40 @@ def load_plugins(extra: Iterable[object] = ()) -> tuple[Registry, pluggy.PluginM
     return registry, manager
 
 
+@contextmanager
+def naming_plugins(registry: Registry, folder: Path | None = None) -> Iterator[None]:
+    """What a plugin's code raises inside becomes a PluginError in one line: the plugin, the error, the place.
+
+    The traceback goes to a file in `folder`. LlmkitErrors and what no plugin had a part in go on up as they are.
+    """
+    try:
+        yield
+    except (LlmkitError, BrokenPipeError):
+        raise
+    except Exception as error:
+        told = _at_fault(error, registry)
+        if told is None:
+            raise
+        if folder is None:
+            told += "; --debug shows the traceback"
+        else:
+            path = folder / "traceback.txt"
+            path.write_text("".join(format_exception(error)))
+            told += f"; traceback: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+        raise PluginError(told) from error
+
+
+def _at_fault(error: Exception, registry: Registry) -> str | None:
+    """The innermost plugin that was at work when `error` was raised: in its code, or in a method that it inherits."""
+    for frame, line in reversed(list(walk_tb(error.__traceback__))):
+        modules = frame.f_globals.get("__name__"), type(frame.f_locals.get("self")).__module__
+        for who in (registry.packages.get(str(module).partition(".")[0]) for module in modules):
+            if who is not None:
+                where = f"{Path(frame.f_code.co_filename).name}, line {line}, in {frame.f_code.co_name}"
+                return f"{who} failed: {_one_line(error)} ({where})"
+    return None
+
+
 def _sources() -> list[Source]:
     """Installed entry points, llmkit's own first, then by name: the order never depends on the file system."""
     found = [
@@ -122,6 +158,9 @@ def _add(manager: pluggy.PluginManager, registry: Registry, plugin: object, name
         raise PluginError(f"{who}: {_hook_problem(error)}") from None
     if not manager.get_hookcallers(plugin):
         raise PluginError(f"{who} implements no hook: mark functions with @llmkit.hookimpl")
+    package = getattr(plugin, "__name__", type(plugin).__module__).partition(".")[0]
+    if package != __package__:  # the core is no plugin's code, though models and workloads come from it
+        registry.packages[package] = who
     others = [other for other in manager.get_plugins() if other is not plugin]
     try:
         with registry.owned_by(owner):

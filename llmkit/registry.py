@@ -76,6 +76,7 @@ class Registry:
         self._offering: dict[tuple[type[Settings], Any], type[Settings]] = {}
         self.failures: dict[str, str] = {}
         self.blocked: dict[str, str] = {}
+        self.packages: dict[str, str] = {}
         self.owner = "the core"
 
     @contextmanager

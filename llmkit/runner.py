@@ -17,7 +17,7 @@ from rich.console import Console
 from llmkit.compose import Job, drop_unused, run_hydra, store, to_yaml
 from llmkit.config import Choice, EngineSettings, RunConfig, plain, resolve
 from llmkit.errors import ConfigError, LlmkitError
-from llmkit.plugins import load_plugins
+from llmkit.plugins import load_plugins, naming_plugins
 from llmkit.registry import Registry
 from llmkit.report.sweep_table import print_sweep
 from llmkit.workload.protocol import ModelBounds, RunContext, RunOutcome
@@ -54,7 +54,9 @@ class Runner:
         """Validate and play one job. In a sweep a job that cannot run is reported and the others go on."""
         self.folders.append(job.run_dir)
         try:
-            self._report(job, self.play(job))
+            with naming_plugins(self.registry, job.run_dir):
+                outcome = self.play(job)
+            self._report(job, outcome)
         except LlmkitError as error:
             if not job.is_sweep:
                 raise

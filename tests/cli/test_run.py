@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import llmkit.llm
-from llmkit import LLM, ConfigError, load_plugins
+from llmkit import LLM, ConfigError, PluginError, load_plugins
 from llmkit.cli import main as llmkit_main
 from llmkit.compose import run_hydra, store
 from llmkit.config import RunConfig, resolve
@@ -234,3 +235,44 @@ def test_a_run_in_which_nothing_completed_is_not_a_success(
     assert main(["-m", *argv, "scheduler=static,continuous"]) == 2
     err = capsys.readouterr().err
     assert err.count("none of the 2 requests completed") == 2 and "2 of the sweep's runs failed" in err
+
+
+FAULTY = """
+from llmkit import ContinuousBatching, Scheduler, hookimpl
+class Raises(Scheduler):
+    def schedule(self, queue, step):
+        raise KeyError("line one\\nline two")
+class Inherits(ContinuousBatching):
+    def order_waiting(self, waiting, now):
+        return None
+@hookimpl
+def llmkit_register(registry):
+    registry.add_scheduler("raises", Raises)
+    registry.add_scheduler("inherits", Inherits)
+"""
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        ("raises", r"KeyError: 'line one\\nline two' \(faulty\.py, line 5, in schedule\)"),
+        ("inherits", r"TypeError: .*NoneType.* \(batching\.py, line \d+, in \w+\)"),
+    ],
+)
+def test_a_plugin_that_fails_is_named_in_one_line_and_its_traceback_kept(
+    tiny_model: Path, workdir: Path, install: Install, capsys: pytest.CaptureFixture[str], scheduler: str, says: str
+) -> None:
+    install("faulty", FAULTY, "llmkit-faulty")
+    assert main([*SMALL, f"scheduler={scheduler}"]) == 2
+    err = capsys.readouterr().err
+    who = r"plugin llmkit-faulty:faulty of llmkit-faulty 1\.0"
+    told = re.fullmatch(rf"llmkit: {who} failed: {says}; traceback: (.+)\n", err)
+    assert told, err
+    assert "Traceback (most recent call last)" in Path(told[1]).read_text()
+    with pytest.raises(PluginError) as caught:
+        main([*SMALL, f"scheduler={scheduler}", "--debug"])
+    assert isinstance(caught.value.__cause__, KeyError | TypeError)
+    assert main(["-m", *SMALL, f"scheduler={scheduler},continuous"]) == 2
+    err = capsys.readouterr().err
+    assert "1 of the sweep's runs failed" in err and "Traceback" not in err
+    assert len(runs(workdir / "multirun")) == 2, "what was measured until then is written"
