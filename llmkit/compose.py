@@ -151,6 +151,11 @@ def _job(cfg: DictConfig, argv: Sequence[str], registry: Registry) -> Job:
         kind = lists[0]
         choices = ", ".join((*RESERVED.get(kind, ()), *registry.names(kind)))
         raise ConfigError(f"{kind} takes one name, not a list: -m {kind}=A,B runs both (choices: {choices})")
+    if "experiment" in raw:
+        raise ConfigError("a file of presets for a whole run begins with the line: # @package _global_")
+    if texts := [key for key in (*KINDS, *SECTIONS) if not isinstance(raw.get(key, {}), dict)]:
+        key = texts[0]
+        raise ConfigError(f"{key}: {raw[key]!r} stands where its options belong; {_preset_choice(key, raw[key])}")
     for kind, chosen in settings.runtime.choices.items():
         names = (*registry.names(kind), *RESERVED.get(kind, ()))
         name = raw[kind].get("name", chosen) if chosen in names and raw.get(kind) else chosen  # a preset has its own
@@ -167,6 +172,11 @@ def _without_missing(value: Any) -> Any:
     return value
 
 
+def _preset_choice(group: str, name: object) -> str:
+    """How a file of presets chooses a part."""
+    return f"a preset chooses under `defaults:` with `- override /{group}: {name}`"
+
+
 def to_yaml(plain: Mapping[str, Any]) -> str:
     """Plain data as YAML, in the given order."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
@@ -178,23 +188,35 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
         return _unreadable(str(error.override), str(error))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.partition("/")
+        inner, _, choice = name.partition("/")
+        if inner in GROUPS and choice:
+            return _preset_choice(inner, choice)
         if group not in GROUPS:
             group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(group, name, error.options, registry.notes(group) if group in KINDS else ())
     if isinstance(error, OSError) and error.errno and not str(error.filename).endswith(".yaml"):
         where = f" {error.filename}" if error.filename else ", the current folder may be gone"
-        return f"cannot make the run folder{where}: {error.strerror}; hydra.run.dir=DIR puts it elsewhere"
+        option = "hydra.sweep.dir" if {"-m", "--multirun"} & {*argv} else "hydra.run.dir"
+        return f"cannot make the run folder{where}: {error.strerror}; {option}=DIR puts it elsewhere"
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n)", text):
         is_group = match[1].lstrip("+").partition("=")[0] in GROUPS
         as_list = "" if is_group else ", or write [a,b] for a list"
         return f"{match[1]} names several values: add -m to run them all{as_list}"
+    if match := re.search(r"Could not override '\w+/(\w+)@", text):
+        return _preset_choice(match[1], "NAME")
     if match := re.search(r"Could not override '([^']*)'", text):
         return _unknown_option(match[1], argv, registry)
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"{match[1]} exists already: leave out the +"
     if text.startswith("Config group override must be"):
         return "a group takes a name: write GROUP=NAME; `llmkit plugins` lists all names"
+    if match := re.match(r"Multiple values for (\S+?)\.? To override", text):
+        return f"{match[1]} is chosen twice: leave one out"
+    if match := re.match(r"Could not delete from config. '([^']*)'", text):
+        return f"there is no {match[1]} to take away; leave the ~ out: what is not given keeps its default"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a config file is not in UTF-8: {text}"
     if match := re.match(r"(\S+) appears more than once in the final defaults list", text):
         return f"{match[1]} is chosen already: leave out the +"
     text += f": {error.__cause__}" if error.__cause__ else ""

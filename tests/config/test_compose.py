@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from llmkit import ConfigError, ContinuousBatching, Registry, Settings, hookimpl, load_plugins
 from llmkit.compose import Job, run_hydra, store, to_yaml
-from llmkit.config import conf_dir, resolve
+from llmkit.config import resolve
 
 
 class Options(Settings):
@@ -169,6 +169,9 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["scheduler=glob(*)"], "scheduler=glob(*) names several values: add -m to run them all"),
         (["-m", "scheduler=glob(zz*)"], "nothing to run: scheduler=glob(zz*) names nothing"),
         (["-m", "engine.block_size=range(1,1)"], "nothing to run: engine.block_size=range(1,1) names nothing"),
+        (["+experiment=sjf", "+experiment=fair"], "experiment is chosen twice: leave one out"),
+        (["~scheduler.max_num_seqs"], "there is no scheduler.max_num_seqs to take away; leave the ~ out: what is"),
+        (["-m", "hydra.sweep.dir=/dev/null/x"], "Not a directory; hydra.sweep.dir=DIR puts it elsewhere"),
         (["scheduler"], "cannot read 'scheduler': Error parsing override; write GROUP=NAME or GROUP.OPTION=VALUE"),
         (["sampling.logit_bias={5:1}"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
         (["sampling.logit_bias.5=1"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
@@ -284,21 +287,6 @@ def test_entries_of_a_table_can_be_added(registry: Registry, workdir: Path) -> N
 def test_stale_components_leave_the_store(registry: Registry, workdir: Path) -> None:
     jobs(registry, "scheduler=mine")
     assert "unknown scheduler 'mine'" in refusal(load_plugins()[0], "scheduler=mine")
-
-
-def test_every_preset_composes_and_validates(registry: Registry, workdir: Path) -> None:
-    presets = sorted(path for path in conf_dir().rglob("*.yaml") if path.parent != conf_dir())
-    assert presets
-    for path in presets:
-        group = path.parent.relative_to(conf_dir()).as_posix()
-        plus = "+" if group == "experiment" else ""
-        for job in jobs(registry, f"{plus}{group}={path.stem}"):
-            resolve(registry, job.raw)
-
-
-def test_conf_holds_no_component_options() -> None:
-    names = {path.parent.name for path in conf_dir().rglob("*.yaml")}
-    assert names <= {"conf", "engine", "sampling", "experiment"}
 
 
 def test_yaml_round_trip() -> None:
