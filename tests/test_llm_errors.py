@@ -15,20 +15,14 @@ from llmkit import (
     ConfigError,
     EngineSettings,
     FinishReason,
-    LlmkitError,
     ModelError,
-    Registry,
     RequestError,
     RequestEvent,
-    RequestView,
     SamplingParams,
-    SchedulingStep,
-    VirtualClock,
     hookimpl,
 )
 from llmkit.engine.memory import choose_num_blocks
 from llmkit.model.loading import load_model
-from llmkit_schedulers.continuous import Continuous
 from tests.tiny_llm import IDS, MAX_MODEL_LEN, VOCAB_SIZE, MakeLLM, check_nothing_left, noise, tiny
 
 GOOD = [[5, 6, 7], list(range(10, 30)), [50]]
@@ -298,25 +292,3 @@ def test_ids_no_tokenizer_can_hold_are_refused_like_any_other(
     good, bad = make_llm(speaker).generate(["good", [5, token_id]], SamplingParams(max_tokens=2, temperature=0))
     assert good.error is None and len(good.token_ids) >= 1
     assert f"token id {token_id} in prompt is outside the vocabulary" in bad.error
-
-
-class Lazy(Continuous):
-    """Admits nobody."""
-
-    def admit(self, request: RequestView, step: SchedulingStep) -> bool:
-        return False
-
-
-class Lazybones:
-    """Brings `scheduler=lazy`."""
-
-    @hookimpl
-    def llmkit_register(self, registry: Registry) -> None:
-        registry.add_scheduler("lazy", Lazy)
-
-
-def test_a_scheduler_that_runs_nothing_is_given_up(make_llm: MakeLLM) -> None:
-    llm = make_llm(scheduler="lazy", plugins=[Lazybones()], clock=VirtualClock())
-    for _ in range(2):
-        with pytest.raises(LlmkitError, match="scheduler Lazy has run nothing for 10 s; waiting: 3"):
-            llm.generate(GOOD, GREEDY)

@@ -170,9 +170,7 @@ def test_a_row_that_fails_ends_only_its_request(depth: int) -> None:
         (lambda: request("x", num_prompt=0), "the prompt is empty"),
         (lambda: request("x", num_prompt=64), "the prompt has 64 tokens, but the model holds 64 with at least one"),
         (lambda: Request("x", [1, 50], SamplingParams()), r"token id 50 in prompt is outside the vocabulary \[0, 50\)"),
-        (lambda: Request("x", [-1], SamplingParams()), "token id -1 in prompt"),
-        (lambda: Request("x", [3, "7"], SamplingParams()), "token ids of a prompt are integers: 'str' object cannot"),  # type: ignore[list-item]
-        (lambda: Request("x", [3, 7.5], SamplingParams()), "token ids of a prompt are integers: 'float' object"),  # type: ignore[list-item]
+        (lambda: Request("x", [3, "7"], SamplingParams()), "token ids of a prompt are integers: 'str' object cannot"),
         (lambda: request("x", logit_bias={99: 1.0}), "token id 99 in logit_bias"),
         (lambda: request("x", allowed_token_ids=(51,)), "token id 51 in allowed_token_ids"),
         (lambda: request("x", bad_token_ids=(-2,)), "token id -2 in bad_token_ids"),
