@@ -6,6 +6,7 @@ The only file that knows Hydra. Nothing here decides what an option means: that 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -81,9 +82,9 @@ def run_hydra(argv: Sequence[str], registry: Registry, task: Callable[[Job], Non
     with _hydra_raises(_flags_first(argv)):
         try:
             hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(composed)()
-        except BrokenPipeError:
-            raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and not error.filename:
+                raise  # standard output takes nothing
             raise ConfigError(explain(error, argv, registry)) from error
         finally:
             _drop_unused_sweeps()

@@ -6,6 +6,7 @@ Standard output gets tables; progress, logs and where the files are go to standa
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from llmkit.errors import LlmkitError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from llmkit.runner import run
 
         num_failed = run(words, folders)
+        print(end="", flush=True)
     except LlmkitError as error:
         if debug:
             raise
@@ -36,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return nobody_reads()
+    except OSError as error:
+        if debug or error.errno not in UNWRITABLE:
+            raise
+        return cannot_write(error)
     if num_failed:
         _say(f"{num_failed} of the sweep's runs failed, see above")
         return USAGE_ERROR
@@ -46,6 +53,13 @@ def nobody_reads() -> int:
     """Exit code 0 where standard output was closed, as by `| head`; what is still buffered goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def cannot_write(error: OSError) -> int:
+    """Exit code 2, and one line, where a full disk or a folder takes nothing; what is still buffered goes nowhere."""
+    nobody_reads()
+    _say(f"cannot write {error.filename or 'standard output or a file of the run'}: {error.strerror}")
+    return USAGE_ERROR
 
 
 def _interrupted(folders: Sequence[Path]) -> str:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from llmkit.errors import LlmkitError, did_you_mean
+from llmkit.run import UNWRITABLE, cannot_write, nobody_reads
 from llmkit.run import main as run
-from llmkit.run import nobody_reads
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         _refuse(options.command, unknown)
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        print(end="", flush=True)
+        return code
     except LlmkitError as error:
         if options.debug:
             raise
@@ -42,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `llmkit plugins | head`
         return nobody_reads()
+    except OSError as error:
+        if options.debug or error.errno not in UNWRITABLE:
+            raise
+        return cannot_write(error)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,13 @@ def test_the_version_is_that_of_the_distribution() -> None:
     command = [sys.executable, "-m", "llmkit", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"llmkit {version('llmkit')}\n"
+
+
+@pytest.mark.parametrize("argv", [["plugins"], ["completion", "bash"], ["run", "--cfg", "job"], ["run", "--help"]])
+def test_a_full_disk_is_one_line(argv: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmkit", *argv], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    says = "llmkit: cannot write standard output or a file of the run: No space left on device\n"
+    assert (done.stderr, done.returncode) == (says, 2)
