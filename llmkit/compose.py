@@ -32,6 +32,17 @@ from llmkit.registry import KINDS, RESERVED, Registry
 
 MISSING = "???"
 GROUPS = (*KINDS, *SECTIONS, "experiment")
+REPHRASED = (
+    (r"An item is already at '([^']+)'", "{} exists already: leave out the +"),
+    (r"^Config group override must be", "a group takes a name: write GROUP=NAME; `llmkit plugins` lists all names"),
+    (r"^(\S+) appears more than once in the final defaults list", "{} is chosen already: leave out the +"),
+    (r"^Multiple values for (\S+?)\.? To override", "{} is chosen twice: leave one out"),
+    (
+        r"^Could not delete from config. '([^']*)'",
+        "there is no {} to take away; leave the ~ out: what is not given keeps its default",
+    ),
+)
+"""What Hydra says, and what to say instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +207,8 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
             group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(group, name, error.options, registry.notes(group) if group in KINDS else ())
     if isinstance(error, OSError) and error.errno and not str(error.filename).endswith(".yaml"):
-        where = f" {error.filename}" if error.filename else ", the current folder may be gone"
+        gone = ", the current folder may be gone" if error.errno == errno.ENOENT else ""
+        where = f" {error.filename}" if error.filename else gone
         option = "hydra.sweep.dir" if {"-m", "--multirun"} & {*argv} else "hydra.run.dir"
         return f"cannot make the run folder{where}: {error.strerror}; {option}=DIR puts it elsewhere"
     text = str(error)
@@ -208,18 +220,11 @@ def explain(error: Exception, argv: Sequence[str], registry: Registry) -> str:
         return _preset_choice(match[1], "NAME")
     if match := re.search(r"Could not override '([^']*)'", text):
         return _unknown_option(match[1], argv, registry)
-    if match := re.search(r"An item is already at '([^']+)'", text):
-        return f"{match[1]} exists already: leave out the +"
-    if text.startswith("Config group override must be"):
-        return "a group takes a name: write GROUP=NAME; `llmkit plugins` lists all names"
-    if match := re.match(r"Multiple values for (\S+?)\.? To override", text):
-        return f"{match[1]} is chosen twice: leave one out"
-    if match := re.match(r"Could not delete from config. '([^']*)'", text):
-        return f"there is no {match[1]} to take away; leave the ~ out: what is not given keeps its default"
+    for pattern, says in REPHRASED:
+        if match := re.search(pattern, text):
+            return says.format(*match.groups())
     if isinstance(error, UnicodeDecodeError):
         return f"a config file is not in UTF-8: {text}"
-    if match := re.match(r"(\S+) appears more than once in the final defaults list", text):
-        return f"{match[1]} is chosen already: leave out the +"
     text += f": {error.__cause__}" if error.__cause__ else ""
     text = re.sub(r"\n\s+full_key: (\S+)\n\s+object_type=\w+", r" (\1)", text)
     return " ".join(text.split()) or type(error).__name__
@@ -269,7 +274,7 @@ def _unknown_option(key: str, argv: Sequence[str], registry: Registry) -> str:
 def _chosen(kind: str, argv: Sequence[str], registry: Registry) -> list[str]:
     """Names that `argv` chooses for `kind`, sweeps included; else the default of `config.yaml`."""
     values = [argument.partition("=")[2] for argument in argv if argument.lstrip("+").startswith(f"{kind}=")]
-    names = re.findall(r"\w+", " ".join(values))
+    names = re.findall(r"\w+", " ".join(values[-1:]))  # of two on one line the last counts
     known = [name for name in registry.names(kind) if name in names or "glob" in names]
     if known:
         return known

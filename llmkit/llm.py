@@ -166,7 +166,9 @@ class LLM:
             except ModelError:
                 raise
             except Exception as error:
-                raise RequestError(f"the prompt cannot be encoded: {first_line(error)}") from error
+                is_broken = any("\ud800" <= character <= "\udfff" for character in prompt)
+                why = "it is not valid Unicode" if is_broken else first_line(error)
+                raise RequestError(f"the prompt cannot be encoded: {why}") from error
         # prompts are long, so their types are looked at, not the tokens one by one
         kinds = set(map(type, prompt)) if isinstance(prompt, Sequence) else {object}
         if isinstance(prompt, bytes) or not all(issubclass(kind, int) and kind is not bool for kind in kinds):

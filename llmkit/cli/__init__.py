@@ -89,13 +89,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     top.add_argument("--version", action="version", version=f"llmkit {_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    debug = argparse.ArgumentParser(add_help=False)  # it may stand behind the command as well
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     commands.add_parser("run", help="benchmark one composition, or sweep over many (llmkit run --help)", add_help=False)
-    plugins = commands.add_parser("plugins", help="list what is installed; `plugins show NAME` for its options")
+    of_plugins = "list what is installed; `plugins show NAME` for its options"
+    plugins = commands.add_parser("plugins", help=of_plugins, parents=[debug])
     actions = plugins.add_subparsers(dest="action", metavar="show")
-    show = actions.add_parser("show", help="options of one part: defaults, allowed values, meaning")
+    show = actions.add_parser("show", help="options of one part: defaults, allowed values, meaning", parents=[debug])
     show.add_argument("name", help="such as continuous, cache/paged, engine or sampling")
-    _add_generate(commands.add_parser("generate", help="continue one prompt, streaming to standard output"))
-    completion = commands.add_parser("completion", help="print the completion script of a shell")
+    of_generate = "continue one prompt, streaming to standard output"
+    _add_generate(commands.add_parser("generate", help=of_generate, parents=[debug]))
+    completion = commands.add_parser("completion", help="print the completion script of a shell", parents=[debug])
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return top
 

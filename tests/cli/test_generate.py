@@ -80,15 +80,20 @@ def test_wrong_input_is_one_line(argv: list[str], says: str, capsys: pytest.Capt
 
 
 def test_prompt_that_cannot_run_is_one_line(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for prompt in ("", "x" * 100):
+    cases = {"": "empty", "x" * 100: "100 tokens", "caf\udce9": "cannot be encoded: it is not valid Unicode"}
+    for prompt, says in cases.items():
         assert main(["generate", prompt, "--model", checkpoint]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and "Traceback" not in err, err
+        assert out == "" and err.count("\n") == 1 and says in err and "Traceback" not in err, err
 
 
 def test_debug_raises(checkpoint: str) -> None:
     with pytest.raises(Exception, match="max_tokens=0"):
         main(["--debug", "generate", "x", "--max-tokens", "0"])
+    with pytest.raises(Exception, match="max_tokens=0"):
+        main(["generate", "x", "--max-tokens", "0", "--debug"])
+    with pytest.raises(Exception, match="unknown part 'nope'"):
+        main(["plugins", "show", "nope", "--debug"])
 
 
 def test_parts_are_told_to_be_options_of_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,10 @@ def test_two_runs_never_share_a_folder(registry: Registry, workdir: Path) -> Non
         (["+experiment=sjf", "+experiment=fair"], "experiment is chosen twice: leave one out"),
         (["~scheduler.max_num_seqs"], "there is no scheduler.max_num_seqs to take away; leave the ~ out: what is"),
         (["-m", "hydra.sweep.dir=/dev/null/x"], "Not a directory; hydra.sweep.dir=DIR puts it elsewhere"),
+        (
+            ["cache=paged", "cache=contiguous", "cache.prefix=on"],
+            "cache.prefix: no such option (options: none); ",
+        ),
         (["scheduler"], "cannot read 'scheduler': Error parsing override; write GROUP=NAME or GROUP.OPTION=VALUE"),
         (["sampling.logit_bias={5:1}"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
         (["sampling.logit_bias.5=1"], "entries are added with a plus: +sampling.logit_bias={KEY:VALUE}"),
