@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 from pydantic import create_model
@@ -29,6 +30,8 @@ PARTS = ("eviction",)
 RESERVED = {"attention": {"auto"}}
 CONTRACTS: dict[str, type] = {"scheduler": Scheduler, "cache": CacheAllocator, "eviction": EvictionPolicy}
 """What a class must derive from; that of attention is left to its use, since it needs torch."""
+ARGUMENTS = {"scheduler": ("settings",), "cache": ("settings", "spec"), "eviction": ()}
+"""What such a class is made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ class Component:
     def load(self) -> Any:
         """The class or factory; imports its module if it was registered as "module:attribute".
 
-        Warns of members that look like misspelt overrides. PluginError if it is not of its kind's contract, or lacks
-        methods of it.
+        Warns of members that look like misspelt overrides. PluginError if it is not of its kind's contract, lacks
+        methods of it, or cannot be made as the core makes it.
         """
         target = self._import() if isinstance(self.target, str) else self.target
         contract = CONTRACTS.get(self.kind)
@@ -56,9 +59,19 @@ class Component:
         if lacking := sorted(getattr(target, "__abstractmethods__", ())):
             says = f"{self.kind} {self.name!r} of {self.owner} lacks {', '.join(lacking)}"
             raise PluginError("; ".join([says, *told]))
+        if contract and isinstance(target, type):
+            self._check_constructor(target)
         for complaint in told:
             log.warning("%s %r of %s: %s", self.kind, self.name, self.owner, complaint)
         return target
+
+    def _check_constructor(self, target: type) -> None:
+        arguments = ARGUMENTS[self.kind]
+        try:
+            signature(target).bind(*arguments)
+        except TypeError as error:
+            call = f"{target.__name__}({', '.join(arguments)})"
+            raise PluginError(f"{self.kind} {self.name!r} of {self.owner} cannot be made by {call}: {error}") from None
 
     def _import(self) -> Any:
         module, _, attribute = str(self.target).partition(":")

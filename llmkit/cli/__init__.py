@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     top.add_argument("--version", action="version", version=f"llmkit {_version()}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    debug = argparse.ArgumentParser(add_help=False)  # it may stand behind the command as well
+    debug = Parser(add_help=False)  # it may stand behind the command as well
     debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     commands.add_parser("run", help="benchmark one composition, or sweep over many (llmkit run --help)", add_help=False)
     of_plugins = "list what is installed; `plugins show NAME` for its options"

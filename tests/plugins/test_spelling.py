@@ -128,6 +128,19 @@ def test_a_class_that_lacks_methods_is_refused() -> None:
         load_plugins([Plugin(Unfinished)])[0].get("scheduler", "mine").load()
 
 
+class Forgetful(ContinuousBatching):
+    def __init__(self) -> None:
+        """Meant to take `settings`."""
+
+
+def test_a_class_that_takes_other_arguments_is_refused() -> None:
+    says = (
+        r"^scheduler 'mine' of the given plugin Plugin cannot be made by Forgetful\(settings\): too many positional arg"
+    )
+    with pytest.raises(PluginError, match=says):
+        load_plugins([Plugin(Forgetful)])[0].get("scheduler", "mine").load()
+
+
 def test_the_kit_refuses_it() -> None:
     with pytest.raises(AssertionError, match=r"^Mine\.victm overrides nothing; did you mean 'victim'\?$"):
         check_scheduler(Lazy, seeds=())
