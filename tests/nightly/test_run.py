@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,13 @@ from tests.nightly.volume import Budget, Pair, Tally, all_pairs, run_pair
 
 SMALL = Budget(steps=300, rules=240, cells=len(HOOKS), seed=50)
 WHERE = Circumstances("abc", "3.13", "make nightly", 120.0)
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """Commands switch logging off for their process; other tests read logs."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_every_pair_there_is_is_gone_through() -> None:
