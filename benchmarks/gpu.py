@@ -54,7 +54,8 @@ def measure(llm: LLM, workload: str, runs: int, device: Device | None = None) ->
     num_in, num_out = map(sum, zip(*lengths, strict=True))
     timed(llm, inputs)
     times = [timed(llm, inputs) for _ in range(runs)]
-    seconds, spread = statistics.median(times), (max(times) - min(times)) / statistics.median(times)
+    seconds = statistics.median(times)
+    spread = (max(times) - min(times)) / seconds
     rates = f"{num_out / seconds:,.0f} | {num_in / seconds:,.0f} | {spread:.1%}"
     row = f"| {workload} | {runs} | {num_in:,} / {num_out:,} | {seconds:.2f} | {rates} | {observed(llm, inputs)} | "
     if device is None:

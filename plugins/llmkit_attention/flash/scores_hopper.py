@@ -26,6 +26,7 @@ def scores(
     8 bits, such a copy of them in `wide_values`.
     """
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
+    is_cut = (seen < TILE - 1) | (lowest > 0)
     if keys.dtype.primitive_bitwidth == 8:
         wide_keys.store(keys.load(WIDE).to(wide_keys.dtype))
         so_far = warpgroup_mma_wait(0, deps=[context])
@@ -34,11 +35,14 @@ def scores(
         logits = warpgroup_mma(
             wide_keys, packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True
         )
-        _copy_seen(values, wide_values, lowest, seen, TILE, WIDE)
+        copied = values.load(WIDE).to(wide_values.dtype)
+        if is_cut:
+            copied = _hide(copied, lowest, seen, TILE, WIDE)
+        wide_values.store(copied)
         logits = warpgroup_mma_wait(0, deps=[logits])
     else:
-        if (seen < TILE - 1) | (lowest > 0):
-            _copy_seen(values, values, lowest, seen, TILE, WIDE)
+        if is_cut:
+            values.store(_hide(values.load(WIDE), lowest, seen, TILE, WIDE))
             fence_async_shared()
         logits = warpgroup_mma(keys, packed.permute((1, 0)), warpgroup_mma_init(zeros), use_acc=False, is_async=True)
         logits, so_far = warpgroup_mma_wait(0, deps=[logits, context])
@@ -52,13 +56,10 @@ def scores(
 
 
 @gluon.jit
-def _copy_seen(values, target, lowest, seen, TILE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Values [TILE, DIM] to `target`, with zeros for keys that are not seen: a weight of 0 would not hide their NaN."""
-    copied = values.load(LAYOUT).to(target.dtype)
-    if (seen < TILE - 1) | (lowest > 0):
-        key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
-        copied = gl.where(((key >= lowest) & (key <= seen))[:, None], copied, 0.0)
-    target.store(copied)
+def _hide(values, lowest, seen, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Values [TILE, DIM] with zeros for keys that are not seen: a weight of 0 would not hide their NaN."""
+    key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    return gl.where(((key >= lowest) & (key <= seen))[:, None], values, 0.0)
 
 
 @gluon.jit
