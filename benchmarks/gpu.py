@@ -96,11 +96,12 @@ def asked(text: str) -> tuple[str, int]:
 
 def title(llm: LLM, options: argparse.Namespace, limits: Any, loaded: float, device: Device) -> list[str]:
     """What was measured on what, and the head of the table. `loaded`: seconds it took to build the engine."""
+    stored = f", keys and values in {options.kv_dtype}" if options.kv_dtype else ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     return [
         f"# {options.model}: random weights, bf16, greedy, EOS ignored",
         "",
-        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention},",
+        f"{torch.cuda.get_device_name()}; {versions}; attention={options.attention}{stored},",
         f"blocks of {llm.attention.requirements.block_size}, no prefix caching, {limits},",
         f"max_model_len {options.max_model_len}, {network_of(llm)};",
         f"medians of so many runs after one warm-up; built in {loaded:.1f} s; copy {device.bandwidth / 1e12:.2f} TB/s,",
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--max-num-batched-tokens", type=int, default=16384)
     add("--max-model-len", type=int, default=8704)
     add("--attention", default="flash")
+    add("--kv-dtype", choices=["auto", "fp8"], help="how `flash` stores keys and values")
     add("--out", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     device = measured_device()
@@ -130,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model,
         {"name": "continuous", **limits},
         {"name": "paged", "prefix": False},  # every run has the same prompts
-        attention=options.attention,
+        attention={"name": options.attention} | ({"kv_dtype": options.kv_dtype} if options.kv_dtype else {}),
         max_model_len=options.max_model_len,
     )
     lines = title(llm, options, limits, time.perf_counter() - started, device)

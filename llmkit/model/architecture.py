@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Architecture:
 
 def inspect_architecture(config: PretrainedConfig) -> Architecture:
     """Probe `config`; raises ModelError, naming the architecture and the reason, if llmkit cannot run it."""
-    name = config.model_type
+    name, config = config.model_type, deepcopy(config)  # models note in it how they attend and choose experts
     try:
         text = config.get_text_config()
     except ValueError as error:

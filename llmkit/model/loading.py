@@ -115,6 +115,8 @@ def load_model(
             raise CapacityError(f"model {spec.name!r} does not fit on {device}: {first_line(error)}") from error
         tokenizer = _tokenizer(spec)
     module.eval().requires_grad_(False)
+    if dtype is torch.float64 and hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("batched_mm")  # torch's grouped product, which others take, knows no float64
     eos = _eos(module, architecture.vocab_size)
     # There is no padding; some models would look for it in every step. Past the config's check, which may want an int.
     object.__setattr__(module.config, "pad_token_id", None)

@@ -130,11 +130,19 @@ def test_forks_join_in_a_graph_behind_the_copies_of_their_blocks(model: LoadedMo
 
 @pytest.mark.cuda
 def test_rows_that_only_draw_are_chosen_in_the_graph(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each samples one token eagerly, its prompt's; they join one after the other, so that batches change."""
+    """Those of prompts too; what an engine samples while it is built is left out."""
     params = [SamplingParams(max_tokens=20, temperature=0.5 * row, seed=row, ignore_eos=True) for row in range(6)]
     wanted = generate(model, 6, params, graphs=False, depth=0)
     calls: list[int] = []
-    sample = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", lambda *given: (calls.append(1), sample(*given))[1])
+    sample, run = Sampler.sample, LLM.generate
+
+    def counting(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "sample", lambda *rows: (calls.append(1), sample(*rows))[1])
+            return run(*given)
+
+    monkeypatch.setattr(LLM, "generate", counting)
     assert generate(model, 6, params, depth=1) == wanted
-    assert len(calls) <= 6
+    assert not calls
+    assert generate(model, 6, params, graphs=False, depth=1) == wanted
+    assert len(calls) >= 20

@@ -49,8 +49,10 @@ def engine(model: LoadedModel, kv_dtype: str, **options: object) -> LLM:
     return LLM(model, {"name": "continuous", "max_num_seqs": 32}, attention=attention, dtype="bfloat16", **options)
 
 
-def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput], gap: float = GAP) -> None:
-    """Most are equal; the others part where two tokens are nearly equally likely."""
+def equal_but_for_near_ties(
+    got: list[RequestOutput], wanted: list[RequestOutput], gap: float = GAP, least: float = 0.5
+) -> None:
+    """A share of at least `least` is equal; the others part where two tokens are nearly equally likely."""
     num_equal = 0
     for one, other in zip(got, wanted, strict=True):
         pairs = list(zip(one.token_ids, other.token_ids, strict=True))
@@ -60,7 +62,7 @@ def equal_but_for_near_ties(got: list[RequestOutput], wanted: list[RequestOutput
             assert other.logprobs is not None
             (_, first), (_, second) = other.logprobs[differs].top
             assert first - second <= gap, f"place {differs}: {pairs[differs]}, {first - second:.3f} nats apart"
-    assert num_equal >= len(wanted) // 2, num_equal
+    assert num_equal >= least * len(wanted), num_equal
 
 
 @pytest.mark.cuda
@@ -127,6 +129,6 @@ def test_requests_in_e4m3_are_swapped(model: LoadedModel, monkeypatch: pytest.Mo
     small = engine(model, "fp8", cache={"name": "paged", "prefix": False}, block_size=16, num_blocks=64, swap_gib=0.05)
     got = small.generate(prompts, params)
     assert num_restored > 0
-    # Sums that round otherwise may end up at the next number of e4m3, an eighth away, so tokens say less.
-    equal = sum(one.token_ids == other.token_ids for one, other in zip(got, wanted, strict=True))
-    assert equal >= len(wanted) // 2
+    # Sums that round otherwise may end up at the next number of e4m3, an eighth away, and outputs are five times as
+    # long as the others here.
+    equal_but_for_near_ties(got, wanted, gap=2 * GAP, least=0.25)

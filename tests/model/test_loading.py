@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from llmkit import LLM, FinishReason, SamplingParams
@@ -225,3 +226,40 @@ def test_the_native_type_multiplies() -> None:
     dtype = native_dtype(CPU)
     assert dtype in (torch.float32, torch.bfloat16)
     assert torch.mm(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype)).dtype is dtype
+
+
+MIXTRAL = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator returned."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.num_elements = max(self.num_elements, out.numel())
+        return out
+
+
+def test_experts_are_not_copied_for_every_token() -> None:
+    """In layers of transformers' own, where the probe needs just that."""
+    llm = LLM(
+        ModelSpec("experts", config=MIXTRAL), dtype="float32", device="cpu", fused=False, num_blocks=4, block_size=16
+    )
+    weights = max(parameter.numel() for parameter in llm.model.module.parameters())
+    with Largest() as largest:
+        (output,) = llm.generate([[7] * 60], SamplingParams(max_tokens=1))
+    assert output.error is None and 60 * 48 <= largest.num_elements <= 2 * weights
+
+
+def test_experts_in_float64(tmp_path: Path) -> None:
+    saved = load_model(ModelSpec("experts", config=MIXTRAL, seed=1), torch.float64, CPU)
+    saved.as_transformers().save_pretrained(tmp_path)
+    params, tokens = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True), []
+    for model in (saved, load_model(ModelSpec("hf", path=str(tmp_path)), torch.float64, CPU)):
+        (output,) = LLM(model, fused=False).generate([[7, 8, 9]], params)
+        assert output.error is None
+        tokens.append(output.token_ids)
+    assert tokens[0] == tokens[1]
