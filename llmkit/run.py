@@ -20,6 +20,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose, validate, run. Returns 0, 2 if anything asked for was wrong or nothing completed, 130 after Ctrl-C."""
+    have_output()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("HYDRA_FULL_ERROR") == "1"
     words = [word for word in words if word != "--debug"]
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{num_failed} of the sweep's runs failed, see above")
         return USAGE_ERROR
     return 0
+
+
+def have_output() -> None:
+    """Where standard output was closed before the start, as by `>&-`, what goes there goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def nobody_reads() -> int:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from llmkit.errors import LlmkitError, did_you_mean
-from llmkit.run import UNWRITABLE, cannot_write, nobody_reads
+from llmkit.run import UNWRITABLE, cannot_write, have_output, nobody_reads
 from llmkit.run import main as run
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -17,6 +17,7 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
+    have_output()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["--debug", "run"]:
         return run([*words[2:], "--debug"])

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from llmkit.interfaces.attention import LayerSpec
+from llmkit.model.architecture import first_line
 from llmkit.model.feed_forward import ExpertLayer
 from llmkit.model.fused import FusedDecoder, FusedLayer
 from llmkit.model.loading import LoadedModel
@@ -65,8 +66,8 @@ def certified_decoder(model: LoadedModel, max_model_len: int) -> tuple[FusedDeco
             if reason:
                 return None, reason
             errors = _network_errors(model, decoder, tokens, runs)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as fault:
-            return None, f"structure: {str(fault).partition(chr(10))[0]}"
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
+            return None, f"structure: {type(fault).__name__}: {first_line(fault)}"
     for what, error, tolerance in errors:
         if not error <= tolerance[model.dtype]:
             return None, f"{what} differ by {error:.1e} of their norm from the original modules"

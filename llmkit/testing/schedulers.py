@@ -53,6 +53,8 @@ def check_part(part: object, contract: type, options: Mapping[str, Any]) -> None
     assert isinstance(part, type) and issubclass(part, contract), f"{part!r} is no subclass of {contract.__name__}"
     assert not complaints(part), "; ".join(complaints(part))
     settings: Any = part.Settings  # type: ignore[attr-defined]
+    is_known = isinstance(settings, type) and issubclass(settings, contract.Settings)  # type: ignore[attr-defined]
+    assert is_known, f"{part.__name__}.Settings must subclass {contract.__name__}.Settings"
     for option in options:
         assert option in settings.model_fields, no_such_option(settings, option)
 

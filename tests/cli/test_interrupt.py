@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = [sys.executable, "-m", "llmkit.run", "--help"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", ["plugins", "--help", "run --help"])
+def test_an_output_that_is_closed_from_the_start_is_no_error(words: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m llmkit {words} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

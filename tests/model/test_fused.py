@@ -127,6 +127,14 @@ def test_refused_with_a_reason_and_left_as_it_was(name: str, dtype: torch.dtype)
     assert torch.equal(logits_of(model), before)
 
 
+def test_layers_of_a_kind_that_has_no_rotary_table_are_left_general() -> None:
+    model = tiny(
+        "gemma3_text", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, torch.float32
+    )
+    model.module.model.config.layer_types[-1] = "somewhere"
+    assert "KeyError: 'somewhere'" in refusal(model)
+
+
 def test_a_refused_model_runs_general_layers_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "llmkit"):
         llm = LLM(tiny("smollm3", REFUSED["smollm3"][0]), block_size=4, num_blocks=16)

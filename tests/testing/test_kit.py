@@ -95,6 +95,9 @@ def test_what_cannot_be_checked_is_told_in_one_line() -> None:
         check_cache(wrong)
     with pytest.raises(AssertionError, match=r"^max_seqs: no such option; did you mean 'max_num_seqs'"):
         check_scheduler(ContinuousBatching, options={"max_seqs": 3}, seeds=range(1))
+    wrong = type("Mine", (ContinuousBatching,), {"Settings": dict})
+    with pytest.raises(AssertionError, match=r"^Mine\.Settings must subclass Scheduler\.Settings$"):
+        check_scheduler(wrong)
 
 
 def test_rejecting_what_fits_is_a_failure() -> None:
