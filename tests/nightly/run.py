@@ -25,8 +25,6 @@ from tests.nightly.page import Circumstances, Suite, write_page
 from tests.nightly.volume import Budget, Pair, Tally, all_pairs, run_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 PAGES = (":!docs/models.md", ":!docs/reliability.md")
 SUITES = {"slow": "slow and not cuda and not mutant", "mutants": "mutant"}
 """Marker expressions of tests that pytest runs for the page."""
