@@ -34,6 +34,11 @@ class RequestError(LlmkitError):
     """One request is wrong (empty prompt, token id out of range, too long); its neighbours are not affected."""
 
 
+def first_line(error: Exception) -> str:
+    """What `error` says, in one line."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Such as "; did you mean 'seed'?", or nothing if no word comes near or `word` is one of them."""
     near = get_close_matches(word, list(choices), n=1)

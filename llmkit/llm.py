@@ -14,7 +14,7 @@ from llmkit.engine.patience import PatientSteps
 from llmkit.engine.progress import Progress
 from llmkit.engine.quiet import quiet_collector
 from llmkit.engine.settings import EngineSettings
-from llmkit.errors import ConfigError, ModelError, RequestError, did_you_mean
+from llmkit.errors import ConfigError, ModelError, RequestError, did_you_mean, first_line
 from llmkit.interfaces.attention import AttentionBackend
 from llmkit.interfaces.clock import Clock
 from llmkit.interfaces.scheduler import Scheduler
@@ -29,7 +29,6 @@ with lean_imports():
 
     from llmkit.engine.assembly import build_engine, check_settings
     from llmkit.engine.backends import build_backend, choose_backend
-    from llmkit.model.architecture import first_line
     from llmkit.model.loading import DescribedModel, LoadedModel, device_of, load_model
 
 Prompt = str | Sequence[int]

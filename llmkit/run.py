@@ -38,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(_interrupted(folders))
         return INTERRUPTED
-    except BrokenPipeError:
-        return nobody_reads()
     except OSError as error:
-        if debug or error.errno not in UNWRITABLE:
-            raise
-        return cannot_write(error)
+        return output_failed(error, debug)
     if num_failed:
         _say(f"{num_failed} of the sweep's runs failed, see above")
         return USAGE_ERROR
@@ -56,15 +52,16 @@ def have_output() -> None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def nobody_reads() -> int:
-    """Exit code 0 where standard output was closed, as by `| head`; what is still buffered goes nowhere."""
+def output_failed(error: OSError, debug: bool) -> int:
+    """Exit code 0 where standard output was closed, as by `| head`; 2, and one line, where a full disk or a folder
+    takes nothing. What is still buffered goes nowhere. Other errors, and with `debug` the second, are raised again.
+    """
+    is_closed = isinstance(error, BrokenPipeError)
+    if not is_closed and (debug or error.errno not in UNWRITABLE):
+        raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def cannot_write(error: OSError) -> int:
-    """Exit code 2, and one line, where a full disk or a folder takes nothing; what is still buffered goes nowhere."""
-    nobody_reads()
+    if is_closed:
+        return 0
     _say(f"cannot write {error.filename or 'standard output or a file of the run'}: {error.strerror}")
     return USAGE_ERROR
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from llmkit.errors import LlmkitError, did_you_mean
-from llmkit.run import UNWRITABLE, cannot_write, have_output, nobody_reads
+from llmkit.run import have_output, output_failed
 from llmkit.run import main as run
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -43,12 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nllmkit: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `llmkit plugins | head`
-        return nobody_reads()
     except OSError as error:
-        if options.debug or error.errno not in UNWRITABLE:
-            raise
-        return cannot_write(error)
+        return output_failed(error, options.debug)
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import ModelError
+from llmkit.errors import ModelError, first_line
 from llmkit.interfaces.attention import LayerSpec
 from llmkit.model.lean import lean_imports
 from llmkit.model.routing import PROBE, mask_of, routed
@@ -229,8 +229,3 @@ def _rope_limits(text: PretrainedConfig) -> Iterator[int]:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
             original = parameters.get("original_max_position_embeddings")
             yield int(original or text.original_max_position_embeddings)
-
-
-def first_line(error: Exception) -> str:
-    """What `error` says, in one line."""
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from llmkit.errors import first_line
 from llmkit.interfaces.attention import LayerSpec
-from llmkit.model.architecture import first_line
 from llmkit.model.feed_forward import ExpertLayer
 from llmkit.model.fused import FusedDecoder, FusedLayer
 from llmkit.model.loading import LoadedModel

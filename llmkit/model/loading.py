@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import CapacityError, ConfigError, ModelError
-from llmkit.model.architecture import Architecture, first_line, inspect_architecture
+from llmkit.errors import CapacityError, ConfigError, ModelError, first_line
+from llmkit.model.architecture import Architecture, inspect_architecture
 from llmkit.model.lean import lean_imports
 from llmkit.model.memory import free_bytes
 from llmkit.model.routing import IMPLEMENTATION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ def test_the_tokens_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
     object.__setattr__(module.config, "pad_token_id", 0)
     module.generation_config.pad_token_id = None
     module.save_pretrained(tmp_path)
+    load = partial(load_model, ModelSpec("hf", path=str(tmp_path)), device=torch.device("cpu"))
     if module.config.model_type != model.config.model_type:  # emu3 saves no more than its text model's config
         with pytest.raises(ModelError, match="transformers has no causal LM class for it"):
-            load_model(ModelSpec("hf", path=str(tmp_path)), torch.float64, torch.device("cpu"))
+            load(torch.float64)
         return
+    saved = load(torch.float64)
     for fused in (True, False):
-        saved = load_model(ModelSpec("hf", path=str(tmp_path)), torch.float64, torch.device("cpu"))
         assert tokens_of(saved, fused) == tokens_of(model, fused)
     for dtype in (torch.float32, torch.bfloat16):
-        saved = load_model(ModelSpec("hf", path=str(tmp_path)), dtype, torch.device("cpu"))
-        assert [len(token_ids) for token_ids in tokens_of(saved, fused=False)] == [6, 6]
+        assert [len(token_ids) for token_ids in tokens_of(load(dtype), fused=False)] == [6, 6]
